@@ -1,0 +1,90 @@
+"""The exact `torch.library` schema of every op, and the rules each implementation keeps.
+
+Axes: B batch, S queries, T keys, H query heads, Hk key/value heads (H a multiple of Hk), D key width, Dv value width,
+L routable layers, P pages of a request. Rules that hold for all ops:
+
+- q, k, v share one dtype (fp32, fp16, bf16) and device; any strides; sums run in fp32 at least.
+- q is [B,H,S,D] after RoPE, k [B,Hk,S,D], v [B,Hk,S,Dv], heads never repeated. Attention outputs are freshly
+  allocated, contiguous [B,S,H,Dv] in q's dtype: fake and real agree on that, whatever the inputs' strides.
+- Right padding: row b holds valid tokens first. Causal rows never see padding; rows of padding hold finite values
+  that mean nothing.
+- `layer` is the index of the attention in the model. It does not change the result.
+- `window` 0 means none, else query i sees key j only when i - j < window. The streaming set of (sink, window) is
+  j <= i and (j < sink or i - j < window).
+- `softcap` 0 means none, else scores become softcap * tanh(score / softcap) before masking.
+- `sink_logits` [H]: one more score a row that takes weight in the softmax and carries no value (GPT-OSS).
+- `q_start` i64[B]: absolute position of the first query; None means 0.
+- Integer tensors are i64 unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+NAMESPACE = "fluxc"
+PAGE = 64
+
+_TAIL = "float softcap=0., Tensor? sink_logits=None"
+
+SCHEMAS: dict[str, str] = {
+    # Full causal attention; the normal form of every attention after capture.
+    "attention": (
+        "(Tensor q, Tensor k, Tensor v, *, float scale, int layer, int window=0, float softcap=0., "
+        "Tensor? sink_logits=None, Tensor? q_start=None) -> Tensor"
+    ),
+    # Every row sees the streaming set.
+    "streaming_attention": (
+        "(Tensor q, Tensor k, Tensor v, *, float scale, int layer, int sink, int window, float softcap=0., "
+        "Tensor? sink_logits=None, Tensor? q_start=None) -> Tensor"
+    ),
+    # Streaming rows, except rows prompt_lens - last <= i < prompt_lens, which see all keys j <= i, and, with
+    # decode_full, also every row i >= prompt_lens. last=0 with decode_full is streaming with `decode: full`.
+    "triangle_attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor prompt_lens, *, float scale, int layer, int sink, int window, "
+        f"int last, bool decode_full=False, {_TAIL}) -> Tensor"
+    ),
+    # block_index i32[B,H,Sb,M], block_count i32[B,H,Sb]: key blocks of `block` tokens each query block reads.
+    "block_attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor block_index, Tensor block_count, *, float scale, int layer, "
+        f"int block, {_TAIL}) -> Tensor"
+    ),
+    # Antidiagonal block scores (XAttention): -> block_index i32[B,H,Sb,Sb], block_count i32[B,H,Sb].
+    "block_scores": (
+        "(Tensor q, Tensor k, *, float scale, int layer, int block, int stride, float threshold) -> (Tensor, Tensor)"
+    ),
+    # route bool[B]: True is `attention`, False the sparse kind with its sizes. kind: "streaming" | "triangle".
+    "routed_attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor route, Tensor prompt_lens, *, float scale, int layer, str kind, "
+        f"int sink, int window, int last, bool decode_full=False, {_TAIL}) -> Tensor"
+    ),
+    # Mean over heads and over rows [0, min(pool, n)) and [max(0, n - pool), n), n = prompt_lens; overlapping rows
+    # count twice, as in the paper: mean of the prefix mean and the suffix mean. q is before RoPE, [B,H,S,D];
+    # -> fp32 [B,D].
+    "router_pool": "(Tensor q, Tensor prompt_lens, *, int pool) -> Tensor",
+    # router_pool, encoder and head fused: -> fp32 logits [B,2], full first.
+    "router": (
+        "(Tensor q, Tensor prompt_lens, Tensor encoder_0_weight, Tensor encoder_0_bias, Tensor encoder_2_weight, "
+        "Tensor encoder_2_bias, Tensor head_0_weight, Tensor head_0_bias, Tensor head_2_weight, Tensor head_2_bias, "
+        "Tensor head_4_weight, Tensor head_4_bias, *, int pool) -> Tensor"
+    ),
+    # cache [pages,2,Hk,PAGE,D]; k, v [B,Hk,S,D]; slots i64[B,S], slot = page * PAGE + offset; -1 drops the token.
+    # No slot appears twice in a call.
+    "kv_write": "(Tensor(a!) cache, Tensor k, Tensor v, Tensor slots) -> ()",
+    # q [B,H,D]; page_table i32[B,P]; lens i32[B] valid slots: -> [B,H,D]. Order of the slots does not matter.
+    "decode_attention": (
+        f"(Tensor q, Tensor cache, Tensor page_table, Tensor lens, *, float scale, int layer, {_TAIL}) -> Tensor"
+    ),
+    # A new turn of S tokens on top of a kept cache. start i64[B]: tokens before the turn; ring layers pass sink and
+    # window, full layers sink=0, window=0. k, v are the turn's own: -> [B,S,H,Dv].
+    "append_attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor cache, Tensor page_table, Tensor lens, Tensor start, *, float scale, "
+        f"int layer, int sink, int window, {_TAIL}) -> Tensor"
+    ),
+    # q, k before norm and RoPE; cos, sin [B,S,R]; writes k and v to the cache and returns (q, k, pooled sum [B,D]).
+    "qk_norm_rope_cache": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, "
+        "Tensor(a!) cache, Tensor slots, Tensor prompt_lens, *, float eps, int pool) -> (Tensor, Tensor, Tensor)"
+    ),
+    # -> (normalised, sum): sum = x + residual in x's dtype, normalised = RMSNorm(sum) * weight.
+    "add_rms_norm": "(Tensor x, Tensor residual, Tensor weight, *, float eps) -> (Tensor, Tensor)",
+    # silu(gate) * up
+    "swiglu": "(Tensor gate, Tensor up) -> Tensor",
+}
