@@ -1,0 +1,61 @@
+"""How an attention op is defined in torch: schema, fake, Autograd kernel, and the choice among its providers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxc.errors import InternalError
+from fluxc.kernels import autograd
+from fluxc.kernels.row_call import RowCall, check
+from fluxc.kernels.schemas import NAMESPACE, SCHEMAS
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute an op. Both functions take the op's own arguments; `supported` says why not, or None."""
+
+    name: str
+    supported: Callable[..., str | None]
+    run: Callable[..., Tensor]
+
+
+def choose(op: str, providers: tuple[Provider, ...], *args: Any, **kwargs: Any) -> Provider:
+    """The first provider that supports the call; raises InternalError with every reason when none does."""
+    reasons = []
+    for provider in providers:
+        reason = provider.supported(*args, **kwargs)
+        if reason is None:
+            return provider
+        reasons.append(f"{provider.name}: {reason}")
+    raise InternalError(f"fluxc::{op}: no provider takes this call ({'; '.join(reasons)})")
+
+
+def define_attention(op: str, row_call: Callable[..., RowCall], run: Callable[..., Tensor]) -> None:
+    """Define torch.ops.fluxc.<op>. `row_call` maps its arguments to a RowCall; `run` computes it without a tape."""
+    name = f"{NAMESPACE}::{op}"
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        check(op, row_call(*args, **kwargs))
+        return run(*args, **kwargs)
+
+    def with_tape(*args: Any, **kwargs: Any) -> Tensor:
+        call = row_call(*args, **kwargs)
+        if autograd.needs_grad(call):
+            return autograd.apply(call)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.fluxc, op)(*args, **kwargs)
+
+    torch.library.define(name, SCHEMAS[op], tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(name, "CompositeExplicitAutograd", forward)
+    torch.library.impl(name, "Autograd", with_tape)
+    torch.library.register_fake(name, fake)
+
+
+def fake(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The output of every attention op: fresh, contiguous [B,S,H,Dv]."""
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])

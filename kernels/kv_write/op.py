@@ -1,0 +1,40 @@
+"""`fluxc::kv_write`: write the keys and values of some tokens to their slots of the paged cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fluxc.errors import UserError
+from fluxc.kernels.schemas import NAMESPACE, PAGE, SCHEMAS
+
+
+def define() -> None:
+    """Define torch.ops.fluxc.kv_write."""
+    name = f"{NAMESPACE}::kv_write"
+    op = torch.library.custom_op(name, _forward, mutates_args={"cache"}, schema=SCHEMAS["kv_write"])
+    op.register_fake(lambda cache, k, v, slots: None)
+
+
+def _forward(cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """cache [pages,2,Hk,PAGE,D]; k, v [B,Hk,S,D]; slots i64[B,S], -1 drops the token."""
+    _check(cache, k, v, slots)
+    kept = slots >= 0
+    at = slots[kept]
+    page, offset = at // PAGE, at % PAGE
+    for side, x in enumerate((k, v)):
+        cache[:, side].transpose(1, 2)[page, offset] = x.transpose(1, 2)[kept]
+
+
+def _check(cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    pages, sides, heads, page, width = cache.shape if cache.dim() == 5 else (0,) * 5
+    if sides != 2 or page != PAGE:
+        raise UserError(f"fluxc::kv_write: cache must be [pages,2,Hk,{PAGE},D], is {tuple(cache.shape)}")
+    expected = (slots.shape[0], heads, slots.shape[-1], width)
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != expected:
+            raise UserError(f"fluxc::kv_write: {name} must be {expected}, is {tuple(x.shape)}")
+        if x.dtype != cache.dtype:
+            raise UserError(f"fluxc::kv_write: {name} is {x.dtype}, the cache is {cache.dtype}")
+    if slots.numel() and (int(slots.max()) >= pages * PAGE or int(slots.min()) < -1):
+        raise UserError(f"fluxc::kv_write: slots must lie in -1..{pages * PAGE - 1}")

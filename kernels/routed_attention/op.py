@@ -1,0 +1,76 @@
+"""`fluxc::routed_attention`: per request, full attention where its route says so, else the sparse kind.
+
+Exactly one branch runs for each request. Requests with the same route are computed by the very op of that route, so
+all routes full gives `attention` bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxc.errors import UserError
+from fluxc.kernels.attention import op as attention
+from fluxc.kernels.define import define_attention
+from fluxc.kernels.row_call import RowCall, RowOptions
+from fluxc.kernels.streaming_attention import op as streaming_attention
+from fluxc.kernels.triangle_attention import op as triangle_attention
+
+KINDS = ("streaming", "triangle")
+
+
+def define() -> None:
+    """Define torch.ops.fluxc.routed_attention."""
+    define_attention("routed_attention", row_call, run)
+
+
+def row_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    route: Tensor,
+    prompt_lens: Tensor,
+    *,
+    scale: float,
+    layer: int,
+    kind: str,
+    sink: int,
+    window: int,
+    last: int,
+    decode_full: bool = False,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+) -> RowCall:
+    """The op's arguments as a RowCall; raises UserError for an unknown kind."""
+    if kind not in KINDS:
+        raise UserError(f"fluxc::routed_attention: kind is {kind!r}", hint=f"Use one of {', '.join(KINDS)}")
+    # Streaming with `decode: full` is triangle without dense prompt rows.
+    last = last if kind == "triangle" else 0
+    rows = "triangle" if kind == "triangle" or decode_full else "streaming"
+    options = RowOptions(scale, softcap, rows, sink, window, last, decode_full)
+    return RowCall(q, k, v, options, route, prompt_lens, sink_logits=sink_logits)
+
+
+def run(
+    q: Tensor, k: Tensor, v: Tensor, route: Tensor, prompt_lens: Tensor, *, scale: float, layer: int, **kwargs: Any
+) -> Tensor:
+    """Output [B,S,H,Dv]; reads the routes on the host."""
+    call = row_call(q, k, v, route, prompt_lens, scale=scale, layer=layer, **kwargs)
+    routes = route.tolist()
+    if all(routes) or not any(routes):
+        return _branch(call, routes[0], slice(None), layer)
+    return torch.cat([_branch(call, is_full, slice(b, b + 1), layer) for b, is_full in enumerate(routes)])
+
+
+def _branch(call: RowCall, is_full: bool, rows: slice, layer: int) -> Tensor:
+    opt, qkv = call.options, (call.q[rows], call.k[rows], call.v[rows])
+    common = {"scale": opt.scale, "layer": layer, "softcap": opt.softcap, "sink_logits": call.sink_logits}
+    if is_full:
+        return attention.run(*qkv, **common)
+    common |= {"sink": opt.sink, "window": opt.window}
+    if opt.kind == "streaming":
+        return streaming_attention.run(*qkv, **common)
+    prompt_lens = call.prompt_lens[rows]
+    return triangle_attention.run(*qkv, prompt_lens, last=opt.last, decode_full=opt.decode_full, **common)
