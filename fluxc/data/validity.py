@@ -1,0 +1,49 @@
+"""When a prompt counts: the facts it needs are out of a sparse layer's reach, or all in it, as its task says."""
+
+from __future__ import annotations
+
+from fluxc.data.prompt import LOCAL, RETRIEVAL, TokenizedPrompt
+
+ANSWER_ROOM = 48
+"""Tokens kept free for an answer and for the tolerance in length."""
+
+
+def minimum_length(sink: int, window: int) -> int:
+    """Tokens a retrieval prompt with its answer must have: 2 * (sink + window) and room for the answer."""
+    return (2 * (sink + window) + ANSWER_ROOM) * 50 // 49
+
+
+def validate(prompt: TokenizedPrompt, sink: int, window: int) -> str:
+    """Why a prompt is not a valid one of its task, or "" if it is.
+
+    Retrieval: the prompt has at least 2 * (sink + window) tokens, and each needed fact lies outside the sink and
+    outside the window of the question's first token. Local: each needed fact lies inside the window of the prompt's
+    last token.
+    """
+    if prompt.task in RETRIEVAL:
+        return _far(prompt, sink, window)
+    if prompt.task in LOCAL:
+        return _near(prompt, window)
+    return ""
+
+
+def _far(prompt: TokenizedPrompt, sink: int, window: int) -> str:
+    shortest = 2 * (sink + window)
+    if prompt.prompt_len < shortest:
+        return f"the prompt has {prompt.prompt_len} tokens, fewer than 2 * (sink + window) = {shortest}"
+    if prompt.question is None or not prompt.facts:
+        return "the prompt does not say where its question and its facts are"
+    first, last = min(a for a, _ in prompt.facts), max(b for _, b in prompt.facts) - 1
+    if first < sink:
+        return f"a fact starts at token {first}, inside the sink of {sink}"
+    if prompt.question - last < window:
+        return f"a fact ends {prompt.question - last} tokens before the question, inside the window of {window}"
+    return ""
+
+
+def _near(prompt: TokenizedPrompt, window: int) -> str:
+    first = min((a for a, _ in prompt.facts), default=prompt.prompt_len)
+    distance = prompt.prompt_len - 1 - first
+    if distance >= window:
+        return f"a fact starts {distance} tokens before the prompt's end, outside the window of {window}"
+    return ""

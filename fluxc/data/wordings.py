@@ -1,0 +1,162 @@
+"""The sentences of the generated tasks. Each split has its own, so that a router cannot learn the exact words.
+
+The answer's prefix repeats the words of the fact as far as the value: a small model then answers by copying.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+from fluxc.data.prompt import CALIBRATION, HELDOUT
+
+
+class Wording(NamedTuple):
+    """Format strings; the fields in braces are filled in by the task."""
+
+    fact: str
+    question: str
+    prefix: str
+    answer: str = " {value}"
+    open: str = ""
+    """Before a block of facts."""
+    close: str = ""
+    """After a block of facts."""
+
+
+INTROS = {
+    CALIBRATION: ("", "Read the following text.\n\n", "Here is a document. A question about it follows.\n\n"),
+    HELDOUT: ("", "Read this text carefully.\n\n", "There is a question at the end of this text.\n\n"),
+}
+
+ASKS = {
+    CALIBRATION: ("{question}", "Question: {question}", "Now answer this question. {question}"),
+    HELDOUT: ("{question}", "Based on the text above: {question}", "A question about the text: {question}"),
+}
+
+NUMBERS = {
+    CALIBRATION: (
+        Wording(
+            "The secret number of the {key} is {value}.",
+            "What is the secret number of the {key}?",
+            "The secret number of the {key} is",
+        ),
+        Wording(
+            "The access code for the {key} is {value}.",
+            "Which access code does the {key} have?",
+            "The access code for the {key} is",
+        ),
+        Wording(
+            "The special magic number for the {key} is {value}.",
+            "What is the special magic number for the {key}?",
+            "The special magic number for the {key} is",
+        ),
+    ),
+    HELDOUT: (
+        Wording(
+            "The hidden number of the {key} is {value}.",
+            "What is the hidden number of the {key}?",
+            "The hidden number of the {key} is",
+        ),
+        Wording(
+            "The serial number of the {key} is {value}.",
+            "Which serial number does the {key} have?",
+            "The serial number of the {key} is",
+        ),
+        Wording(
+            "The private pass code for the {key} is {value}.",
+            "What is the private pass code for the {key}?",
+            "The private pass code for the {key} is",
+        ),
+    ),
+}
+
+KEY_VALUES = {
+    CALIBRATION: (
+        Wording('"{key}": {value},', 'What is the value of "{key}"?', '"{key}":', open="records = {\n", close="\n}"),
+        Wording("{key}: {value}", "Which value is listed for {key}?", "{key}:", open="Table of values:\n"),
+    ),
+    HELDOUT: (
+        Wording('"{key}": {value},', 'What value does "{key}" have?', '"{key}":', open="settings = {\n", close="\n}"),
+        Wording("{key} = {value}", "Which value is given for {key}?", "{key} =", open="[values]\n"),
+    ),
+}
+
+VARIABLES = {
+    CALIBRATION: (
+        Wording("VAR {key} = {value}", "What is the value of VAR {key}?", "VAR {key} ="),
+        Wording("The value of {key} is {value}.", "What is the value of {key}?", "The value of {key} is"),
+    ),
+    HELDOUT: (
+        Wording("LET {key} = {value}", "What is the value of {key}?", "LET {key} ="),
+        Wording("The amount of {key} is {value}.", "What is the amount of {key}?", "The amount of {key} is"),
+    ),
+}
+
+LINKS = {
+    VARIABLES[CALIBRATION][0]: "VAR {key} = VAR {other}",
+    VARIABLES[CALIBRATION][1]: "The value of {key} is the value of {other}.",
+    VARIABLES[HELDOUT][0]: "LET {key} = {other}",
+    VARIABLES[HELDOUT][1]: "The amount of {key} is the amount of {other}.",
+}
+"""How one variable gets its value from another, for each wording of VARIABLES."""
+
+
+class Hops(NamedTuple):
+    """Two facts that must be joined to answer."""
+
+    first: str
+    second: str
+    question: str
+    prefix: str
+
+
+HOPS = {
+    CALIBRATION: (
+        Hops(
+            "{name} works at the {place}.",
+            "The {place} is in {city}.",
+            "Where does {name} work?",
+            "{name} works at the",
+        ),
+        Hops(
+            "{name} manages the {place}.", "The {place} is in {city}.", "What does {name} manage?", "{name} manages the"
+        ),
+    ),
+    HELDOUT: (
+        Hops(
+            "{name} studies at the {place}.",
+            "The {place} is in {city}.",
+            "Where does {name} study?",
+            "{name} studies at the",
+        ),
+        Hops("{name} owns the {place}.", "The {place} is in {city}.", "What does {name} own?", "{name} owns the"),
+    ),
+}
+"""The answer names the place and then its city, so that both facts are scored."""
+
+LEADS = {
+    CALIBRATION: ("Forget the text above.", "The text above does not matter.", "Now something else."),
+    HELDOUT: ("Ignore the text above.", "The text above is not needed.", "Here is a new topic."),
+}
+
+LOCAL_NUMBERS = {
+    CALIBRATION: (
+        Wording("The {key} costs {value} coins.", "How much does the {key} cost?", "The {key} costs"),
+        Wording("The phone number of the {key} is {value}.", "What is its number?", "The phone number of the {key} is"),
+    ),
+    HELDOUT: (
+        Wording("The {key} weighs {value} grams.", "How heavy is the {key}?", "The {key} weighs"),
+        Wording("The order number of the {key} is {value}.", "What is it?", "The order number of the {key} is"),
+    ),
+}
+
+
+def intro(rng: random.Random, split: str) -> str:
+    """What stands before the haystack; may be empty."""
+    return rng.choice(INTROS[split])
+
+
+def ask(rng: random.Random, split: str, question: str) -> str:
+    """The question with one of the phrases that lead to it."""
+    return rng.choice(ASKS[split]).format(question=question)
