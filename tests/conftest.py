@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.export.exported_program import ExportedProgram
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,3 +44,11 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     path = Path(request.path)
     folder = path.parent / "golden" / path.stem.removeprefix("test_")
     return Golden(folder, request.config.getoption("--bless"))
+
+
+@pytest.fixture(scope="session")
+def toy() -> Callable[..., ExportedProgram]:
+    """`toy_program` with a memory: each ToyConfig is exported once a session. Passes never change a program."""
+    from fluxc.testing import ToyConfig, toy_program
+
+    return functools.cache(lambda config=None: toy_program(config or ToyConfig()))

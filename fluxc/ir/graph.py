@@ -102,10 +102,15 @@ class Draft:
                 return val.fake_mode
         raise InternalError("the program has no fake values")
 
-    def call(self, target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Node:
-        """Insert a call at the graph's insertion point; `meta["val"]` comes from running the op on fake values."""
-        node = self.graph.call_function(target, args, kwargs or {})
-        return self.refresh(node)
+    def call(
+        self, target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, *, name: str = ""
+    ) -> Node:
+        """Insert a call at the graph's insertion point; `meta["val"]` comes from running the op on fake values.
+
+        `name` (made unique) is what errors, dumps and goldens show; default is the op's own name.
+        """
+        name = name or getattr(target, "_opname", None)
+        return self.refresh(self.graph.create_node("call_function", target, args, kwargs or {}, name=name))
 
     def refresh(self, node: Node) -> Node:
         """Recompute `meta["val"]` of a call_function node from the fake values of its arguments."""
