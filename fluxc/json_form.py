@@ -1,14 +1,13 @@
-"""Strict JSON for the records fluxc writes: unknown and missing keys are refused, files are replaced atomically."""
+"""Strict JSON for the records fluxc writes: unknown and missing keys are refused."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fluxc.errors import FluxcError, StorageError
+from fluxc.errors import FluxcError
 
 T = TypeVar("T")
 _TYPES: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "dict[str, Any]": dict}
@@ -63,17 +62,3 @@ def read_text(path: Path, error: type[FluxcError]) -> str:
         raise error(f"{path} does not exist") from cause
     except (OSError, UnicodeDecodeError) as cause:
         raise error(f"{path} cannot be read: {cause}") from cause
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write `text` so that a reader sees the old file or the new one, never half of it; raises StorageError."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as cause:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"{path} cannot be written: {cause.strerror or cause}") from cause

@@ -1,0 +1,105 @@
+"""`manifest.json`: what a model.flux directory holds, with the hash of each file that loading depends on.
+
+`device.json` (measured on one machine) is not in it; everything else is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fluxc.errors import ArchiveError
+from fluxc.json_form import dump, parse, read_text, strict
+from fluxc.weight_files import TensorEntry
+
+NAME = "manifest.json"
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class FileEntry:
+    """One file: SHA-256 in hexadecimal, and size in bytes."""
+
+    sha256: str
+    bytes: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileEntry:
+        """Hash a file."""
+        with path.open("rb") as file:
+            return cls(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """Contents of a model.flux directory.
+
+    `files` by path relative to the directory; `tensors` and `aliases` the weights by name in the programs (an alias
+    shares the tensor of another name); `routers` the routers' tensors; `plan` the plan's digest; `meta` what capture
+    knew of the source; `versions` the tools that wrote it.
+    """
+
+    files: dict[str, FileEntry]
+    tensors: dict[str, TensorEntry]
+    aliases: dict[str, str]
+    routers: dict[str, TensorEntry]
+    plan: str
+    meta: dict[str, Any]
+    versions: dict[str, str]
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`."""
+        return dump(dataclasses.asdict(self), ArchiveError, "the manifest")
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest:
+        """Read and check a manifest; raises ArchiveError for a newer format and for anything malformed."""
+        values = parse(read_text(path, ArchiveError), ArchiveError, str(path))
+        _check_format(values, path)
+        manifest = strict(cls, values, ArchiveError, str(path))
+        manifest = dataclasses.replace(
+            manifest,
+            files=_entries(FileEntry, manifest.files, path),
+            tensors=_entries(TensorEntry, manifest.tensors, path),
+            routers=_entries(TensorEntry, manifest.routers, path),
+        )
+        _check_paths(manifest, path)
+        return manifest
+
+    def verify(self, root: Path, names: Iterable[str] | None = None) -> None:
+        """Compare files (default: all) with their hashes; raises ArchiveError naming the first damaged or missing."""
+        for name in self.files if names is None else names:
+            _verify_file(root / name, self.files[name])
+
+
+def _verify_file(path: Path, entry: FileEntry) -> None:
+    if not path.is_file():
+        raise ArchiveError(f"{path} is missing", hint="copy the directory again, or transform the model again")
+    if path.stat().st_size != entry.bytes or FileEntry.of(path) != entry:
+        raise ArchiveError(f"{path} is damaged: its SHA-256 is not the manifest's", hint="copy the directory again")
+
+
+def _check_format(values: Any, path: Path) -> None:
+    found = values.get("format") if isinstance(values, dict) else None
+    if not isinstance(found, int):
+        raise ArchiveError(f"{path} is no fluxc manifest")
+    if found > FORMAT:
+        raise ArchiveError(f"{path} has format {found}, newer than {FORMAT}", hint="update fluxc")
+
+
+def _entries(cls: type[Any], values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    return {name: strict(cls, value, ArchiveError, f"{name} in {path}") for name, value in values.items()}
+
+
+def _check_paths(manifest: Manifest, path: Path) -> None:
+    entries = (*manifest.tensors.values(), *manifest.routers.values())
+    for name in (*manifest.files, *(entry.file for entry in entries)):
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ArchiveError(f"{path} names {name!r}, which is outside the directory")
+    unlisted = [entry.file for entry in entries if entry.file not in manifest.files]
+    if unlisted:
+        raise ArchiveError(f"{path} has no hash for {unlisted[0]!r}")

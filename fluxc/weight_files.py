@@ -1,0 +1,122 @@
+"""Weights on disk: safetensors shards in which a tensor that several names share is stored once, read back by mmap."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fluxc.errors import ArchiveError, StorageError
+from fluxc.options import canonical_digest
+
+SHARD_BYTES = 4_000_000_000
+"""Upper bound of a shard in bytes; a single tensor larger than that has a shard of its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor is stored: file, its name there, dtype and shape."""
+
+    file: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def split_aliases(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to store, and for every other name (a tied weight) the name that it shares its storage with."""
+    first: dict[tuple[object, ...], str] = {}
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        owner = first.setdefault(_place(name, tensor), name)
+        if owner == name:
+            stored[name] = tensor
+        else:
+            aliases[name] = owner
+    return stored, aliases
+
+
+def _place(name: str, tensor: Tensor) -> tuple[object, ...]:
+    if tensor.numel() == 0:
+        return (name,)
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes the tensors take on disk."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hexadecimal SHA-256 over names, dtypes, shapes and bytes, whatever the sharding and the order of names."""
+    return canonical_digest({name: tensor_digest(tensor) for name, tensor in tensors.items()})
+
+
+def tensor_digest(tensor: Tensor) -> list[object]:
+    """dtype, shape and SHA-256 of one tensor's bytes."""
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return [_dtype_name(tensor), list(tensor.shape), hashlib.sha256(raw).hexdigest()]
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def write_shards(tensors: Mapping[str, Tensor], root: Path, folder: str, limit: int) -> dict[str, TensorEntry]:
+    """Write `root/folder/model-NNNNN.safetensors`, none larger than `limit` bytes; returns where each tensor went."""
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    entries: dict[str, TensorEntry] = {}
+    for index, shard in enumerate(_shards(tensors, limit), start=1):
+        file = f"{folder}/model-{index:05d}.safetensors"
+        entries |= write_tensors(shard, root, file)
+    return entries
+
+
+def write_tensors(tensors: Mapping[str, Tensor], root: Path, file: str) -> dict[str, TensorEntry]:
+    """Write one safetensors file; returns where each tensor went."""
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, root / file)
+    except SafetensorError as cause:  # how safetensors reports a full disk
+        raise StorageError(f"{root / file} cannot be written: {cause}", hint="is the disk full?") from cause
+    # safetensors creates files that only their owner may read; other files here follow the folder.
+    (root / file).chmod(root.stat().st_mode & 0o666)
+    return {name: TensorEntry(file, name, _dtype_name(t), tuple(t.shape)) for name, t in tensors.items()}
+
+
+def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if shard and bytes_of(shard.values()) + bytes_of([tensor]) > limit:
+            yield shard
+            shard = {}
+        shard[name] = tensor
+    if shard:
+        yield shard
+
+
+def read_tensors(root: Path, entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
+    """The tensors as views of the memory-mapped files; raises ArchiveError where one is not what its entry says."""
+    found: dict[str, Tensor] = {}
+    for file in dict.fromkeys(entry.file for entry in entries.values()):
+        wanted = {name: entry for name, entry in entries.items() if entry.file == file}
+        found |= _read_file(root / file, wanted)
+    return {name: found[name] for name in entries}
+
+
+def _read_file(path: Path, wanted: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(entry.name) for name, entry in wanted.items()}
+    except Exception as cause:  # safetensors raises its own types, OSError and KeyError
+        raise ArchiveError(f"{path} is no readable safetensors file: {cause}") from cause
+    for name, entry in wanted.items():
+        if (_dtype_name(tensors[name]), tuple(tensors[name].shape)) != (entry.dtype, tuple(entry.shape)):
+            raise ArchiveError(f"{name} in {path} has another dtype or shape than the manifest says")
+    return tensors
