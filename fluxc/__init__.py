@@ -10,7 +10,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_VERBS: dict[str, str] = {}
+_VERBS: dict[str, str] = {"capture": "fluxc.capture.api"}
 
 __all__ = ["__version__", *_VERBS]
 

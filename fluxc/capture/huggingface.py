@@ -1,0 +1,110 @@
+"""From a transformers causal LM to a captured program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+
+import fluxc.kernels
+from fluxc.capture import casts
+from fluxc.capture.masks import probe_layers
+from fluxc.capture.refuse import refuse_unsupported
+from fluxc.capture.selfcheck import self_check
+from fluxc.capture.trace import trace
+from fluxc.capture.twin import MARKER, model_dtype, reference_twin, trace_twin, weights_of
+from fluxc.errors import CaptureError
+from fluxc.ir.graph import calls
+from fluxc.passes.drop_asserts import DropAsserts
+from fluxc.passes.drop_no_ops import DropNoOps
+from fluxc.passes.inline_regions import InlineRegions
+from fluxc.passes.place import Place
+from fluxc.passes.set_dtype import SetDtype
+
+
+def capture_model(model: Any) -> tuple[ExportedProgram, dict[str, Any]]:
+    """The program in normal form, over the model's own weights, dtype and device, and the self-check's result.
+
+    The model is left as it was. Raises CaptureError (UnsupportedAttentionError) for what fluxc does not represent,
+    SelfCheckError where the program does not compute what the model does.
+    """
+    fluxc.kernels.register()
+    refuse_unsupported(model)
+    reference = reference_twin(model)
+    context = context_of(model.config)
+    layers = probe_layers(reference_twin(model), context)
+    program = _bound(_traced(model, context), model)
+    _check_attentions(program, [layer.call.layer for layer in layers], type(model).__name__)
+    edges = [layer.call.window for layer in layers] + _original_contexts(model.config)
+    return program, self_check(program, reference, context, edges)
+
+
+def context_of(config: Any) -> int:
+    """Positions the model has, in tokens; 0 where its config does not say."""
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 0)
+
+
+def _traced(model: Any, context: int) -> ExportedProgram:
+    """The trace without regions, its casts classed, its weights still empty, its constants exact."""
+    program = _normal_form(trace(trace_twin(model), context))
+    rounded = _constants(program, MARKER)
+    marked = casts.class_casts(program, MARKER)
+    if rounded:
+        # A constant made in the model's dtype was rounded to the marker's: take it from a second trace in fp32.
+        exact = trace(trace_twin(model, torch.float32), context)
+        marked = casts.replace_constants(marked, rounded, exact)
+    return marked
+
+
+def _constants(program: ExportedProgram, dtype: torch.dtype) -> list[str]:
+    specs = program.graph_signature.input_specs
+    names = [str(spec.target) for spec in specs if spec.kind == InputKind.CONSTANT_TENSOR]
+    return [name for name in names if program.constants[name].dtype == dtype]
+
+
+def _normal_form(program: ExportedProgram) -> ExportedProgram:
+    for step in (InlineRegions(), DropAsserts()):
+        program = step.apply(program).program
+    return program
+
+
+def _bound(program: ExportedProgram, model: Any) -> ExportedProgram:
+    """The program over the real weights, in their dtype and on their device; tied ones once, unused ones gone."""
+    device = next(model.parameters()).device
+    program = casts.bind(program, weights_of(model))
+    program = DropNoOps().apply(program).program
+    name = str(model_dtype(model)).removeprefix("torch.")
+    program = SetDtype(name).apply(program).program
+    return program if device.type == "cpu" else Place(str(device)).apply(program).program
+
+
+def _check_attentions(program: ExportedProgram, layers: list[int], model: str) -> None:
+    """One node a layer, as many as the model called, and no position made inside."""
+    found = [node.kwargs["layer"] for node in calls(program, torch.ops.fluxc.attention)]
+    if not found:
+        raise CaptureError(f"{model} has no attention that goes through transformers' AttentionInterface")
+    if found != layers or len(set(found)) != len(found):
+        raise CaptureError(f"{model} calls attentions {layers}, of which the trace holds {found}")
+    for node in program.graph.nodes:
+        if node.op == "call_function" and _makes_positions(node):
+            raise CaptureError(f"{model} computes positions itself (node {node.name}), not from position_ids")
+
+
+def _makes_positions(node: Node) -> bool:
+    """Whether a call counts along a free length: arange to S, or a cumulative sum over the sequence."""
+    val: Any = node.meta.get("val")
+    counts = getattr(node.target, "overloadpacket", None) in (torch.ops.aten.arange, torch.ops.aten.cumsum)
+    return counts and isinstance(val, Tensor) and any(isinstance(size, torch.SymInt) for size in val.shape)
+
+
+def _original_contexts(config: Any) -> list[int]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return (
+        [int(parameters["original_max_position_embeddings"])]
+        if "original_max_position_embeddings" in parameters
+        else []
+    )
