@@ -16,6 +16,7 @@ OPS = (
     "triangle_attention",
     "routed_attention",
     "router_pool",
+    "grouped_mm",
     "kv_write",
 )
 

@@ -85,6 +85,9 @@ SCHEMAS: dict[str, str] = {
     ),
     # -> (normalised, sum): sum = x + residual in x's dtype, normalised = RMSNorm(sum) * weight.
     "add_rms_norm": "(Tensor x, Tensor residual, Tensor weight, *, float eps) -> (Tensor, Tensor)",
+    # x [T,K] sorted by group, weight [E,K,N] (any strides), ends i32[E]: rows ends[e-1] to ends[e] times weight[e];
+    # ends[E-1] = T: -> [T,N]. The products of a mixture of experts.
+    "grouped_mm": "(Tensor x, Tensor weight, Tensor ends) -> Tensor",
     # silu(gate) * up
     "swiglu": "(Tensor gate, Tensor up) -> Tensor",
 }

@@ -21,6 +21,7 @@ from fluxc.errors import CaptureError
 from fluxc.ir.graph import calls
 from fluxc.passes.drop_asserts import DropAsserts
 from fluxc.passes.drop_no_ops import DropNoOps
+from fluxc.passes.group_experts import GroupExperts
 from fluxc.passes.inline_regions import InlineRegions
 from fluxc.passes.place import Place
 from fluxc.passes.set_dtype import SetDtype
@@ -67,7 +68,7 @@ def _constants(program: ExportedProgram, dtype: torch.dtype) -> list[str]:
 
 
 def _normal_form(program: ExportedProgram) -> ExportedProgram:
-    for step in (InlineRegions(), DropAsserts()):
+    for step in (InlineRegions(), DropAsserts(), GroupExperts()):
         program = step.apply(program).program
     return program
 
@@ -89,16 +90,17 @@ def _check_attentions(program: ExportedProgram, layers: list[int], model: str) -
         raise CaptureError(f"{model} has no attention that goes through transformers' AttentionInterface")
     if found != layers or len(set(found)) != len(found):
         raise CaptureError(f"{model} calls attentions {layers}, of which the trace holds {found}")
+    length = next(node for node in program.graph.nodes if node.name == "input_ids").meta["val"].shape[1]
     for node in program.graph.nodes:
-        if node.op == "call_function" and _makes_positions(node):
+        if node.op == "call_function" and _makes_positions(node, length):
             raise CaptureError(f"{model} computes positions itself (node {node.name}), not from position_ids")
 
 
-def _makes_positions(node: Node) -> bool:
-    """Whether a call counts along a free length: arange to S, or a cumulative sum over the sequence."""
+def _makes_positions(node: Node, length: torch.SymInt) -> bool:
+    """Whether a call counts along the sequence: arange to S, or a cumulative sum over S."""
     val: Any = node.meta.get("val")
     counts = getattr(node.target, "overloadpacket", None) in (torch.ops.aten.arange, torch.ops.aten.cumsum)
-    return counts and isinstance(val, Tensor) and any(isinstance(size, torch.SymInt) for size in val.shape)
+    return counts and isinstance(val, Tensor) and any(str(size) == str(length) for size in val.shape)
 
 
 def _original_contexts(config: Any) -> list[int]:
