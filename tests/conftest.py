@@ -52,3 +52,18 @@ def toy() -> Callable[..., ExportedProgram]:
     from fluxc.testing import ToyConfig, toy_program
 
     return functools.cache(lambda config=None: toy_program(config or ToyConfig()))
+
+
+@pytest.fixture(scope="session")
+def toy_routed(toy: Callable[..., ExportedProgram]) -> Callable[..., ExportedProgram]:
+    """`toy` with routers and routed attention, sink 2 and window 4 in every routable layer; remembered as well."""
+    from fluxc.ir.sparse import SparseSettings
+    from fluxc.passes.insert_routers import InsertRouters
+    from fluxc.passes.route_attention import RouteAttention
+
+    @functools.cache
+    def route(config: object = None) -> ExportedProgram:
+        scored = InsertRouters().apply(toy(config)).program
+        return RouteAttention(SparseSettings(sink=2, window=4)).apply(scored).program
+
+    return route

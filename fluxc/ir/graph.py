@@ -22,6 +22,8 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
 from fluxc.errors import InternalError
@@ -128,6 +130,34 @@ class Draft:
         self.module.add_module(name, module)
         return self.graph.get_attr(name)
 
+    def fix_size(self, node: Node, axis: int, size: int) -> None:
+        """Make a symbolic size of an input a constant: in all inputs, all values computed from them, and the ranges."""
+        symbol = node.meta["val"].shape[axis]
+        if not isinstance(symbol, torch.SymInt):
+            return
+        expr = symbol.node.expr
+        self.range_constraints.pop(expr, None)
+        for placeholder in self.placeholders():
+            placeholder.meta["val"] = self._with_size(placeholder.meta["val"], expr, size)
+        values = [placeholder.meta["val"] for placeholder in self.placeholders()]
+        self.module.recompile()
+        FakeTensorProp(self.module, self.fake_mode).propagate_dont_convert_inputs(*values)
+        self._inline_constant_sizes()
+
+    def _with_size(self, val: Any, expr: Any, size: int) -> Any:
+        if not isinstance(val, torch.Tensor) or all(_expr(dim) != expr for dim in val.shape):
+            return val
+        shape = [size if _expr(dim) == expr else dim for dim in val.shape]
+        with self.fake_mode:
+            return torch.empty(shape, dtype=val.dtype, device=val.device)
+
+    def _inline_constant_sizes(self) -> None:
+        for node in list(self.graph.nodes):
+            if node.op == "call_function" and isinstance(node.meta.get("val"), int):
+                for user in list(node.users):
+                    user.args, user.kwargs = map_arg((user.args, user.kwargs), _constant_of(node))
+                self.graph.erase_node(node)
+
     def remove_dead_code(self) -> int:
         """Erase calls whose results nobody uses; mutating ops and inputs stay. Returns how many went."""
         before = len(self.graph.nodes)
@@ -198,6 +228,14 @@ class _Insertion:
         for node in self._graph.nodes:
             if stack and node not in self._known and "nn_module_stack" not in node.meta:
                 node.meta["nn_module_stack"] = stack
+
+
+def _expr(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def _constant_of(size: Node) -> Callable[[Node], Any]:
+    return lambda node: size.meta["val"] if node is size else node
 
 
 def _value_of(node: Node) -> Any:

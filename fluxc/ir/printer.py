@@ -53,9 +53,9 @@ def program_text(program: ExportedProgram) -> str:
     return "\n".join(printer.program(program.graph_module)) + "\n"
 
 
-def module_text(module: GraphModule, name: str = "module") -> str:
-    """A bare graph module as text, in the same form (parts of an outlined program)."""
-    printer = _Printer({}, _size_names(module.graph))
+def module_text(module: GraphModule, name: str, program: ExportedProgram) -> str:
+    """A graph module made from parts of `program` as text, in the same form and with the same names of sizes."""
+    printer = _Printer({}, _size_names(program.graph))
     return "\n".join(printer.graph(module, name, "")) + "\n"
 
 
@@ -80,7 +80,7 @@ class _Printer:
         yield f"{indent}{name}({', '.join(f'{n.name}: {self._type(n)}' for n in inputs)})"
         group: str | None = None
         for node in module.graph.nodes:
-            if node.op == "call_function" and not _is_size(node) and _group(node) != group:
+            if node.op == "call_function" and not _is_size(node) and not indent and _group(node) != group:
                 group = _group(node)
                 yield f"{indent}  # {group}"
             yield from (f"{indent}  {line}" for line in self._lines(module, node))
