@@ -21,6 +21,7 @@ from fluxc.errors import FluxcError, StorageError
 # Module of each command, in the order of the help text. Each holds a click command of the same name.
 COMMANDS = {
     "doctor": "fluxc.cli.doctor",
+    "capture": "fluxc.cli.capture",
 }
 
 INTERRUPTED = 130
@@ -83,7 +84,8 @@ def _report(fault: Exception, screen: Screen) -> int:
         return 2
     known = _storage_fault(fault)
     if isinstance(known, FluxcError):
-        screen.error(str(known))
+        text = known.message.rstrip(".")
+        screen.error(f"{text}; {known.hint}" if known.hint else text)
         return known.exit_code
     text = next(iter(str(fault).strip().splitlines()), "")
     screen.error(f"{type(fault).__name__}: {text}. This is a fault in fluxc; `--debug` shows the traceback")
@@ -114,9 +116,10 @@ def _storage_fault(fault: Exception) -> Exception:
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Keep other libraries' warnings and progress bars off the screen; fluxc itself says what matters."""
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        os.environ.setdefault(name, "1")
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")

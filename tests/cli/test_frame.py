@@ -63,7 +63,7 @@ def test_group_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_user_error_is_one_line_and_2(run: Run) -> None:
     code, out, err = run(raising(SourceError("model.pt does not exist", hint="give a\npath")))
-    assert (code, out, err) == (2, "", "error: model.pt does not exist. give a path\n")
+    assert (code, out, err) == (2, "", "error: model.pt does not exist; give a path\n")
 
 
 def test_our_error_is_1(run: Run) -> None:
@@ -87,7 +87,7 @@ def test_debug_shows_the_traceback(run: Run) -> None:
 def test_full_disk_is_the_users(run: Run) -> None:
     code, _, err = run(raising(OSError(errno.ENOSPC, "full", "model.pt")))
     assert code == 2
-    assert err == "error: model.pt: no space left on device. free some space or choose another place with -o\n"
+    assert err == "error: model.pt: no space left on device; free some space or choose another place with -o\n"
 
 
 def test_interrupt_says_what_was_kept(run: Run) -> None:
