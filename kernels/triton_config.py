@@ -1,0 +1,72 @@
+"""The tile sizes of the Triton attention kernels: one pinned entry per architecture and head dim.
+
+Kernels inside an exported conditional are not autotuned reliably, so nothing is tuned at run time. docs/kernels.md
+says how each entry was found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+Loader = Literal["gluon", "tma", "pointer"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How one attention kernel cuts its work."""
+
+    loader: Loader
+    """`gluon`: triton_hopper.py. `tma` and `pointer`: triton_forward.py with descriptor or plain loads."""
+    rows: int = 128
+    """Query rows of a program."""
+    keys: int = 128
+    """Keys of a tile."""
+    warps: int = 8
+    stages: int = 3
+    """Key tiles in flight."""
+
+
+# Head dims are rounded up to a power of two: 80 and 96 use 128. Architectures without an entry use the next lower one.
+TILES: dict[tuple[int, int], Tiles] = {
+    (80, 64): Tiles("pointer", rows=128, keys=64, warps=4, stages=3),
+    (80, 128): Tiles("pointer", rows=128, keys=64, warps=8, stages=2),
+    (80, 256): Tiles("pointer", rows=64, keys=32, warps=4, stages=2),
+    (89, 64): Tiles("pointer", rows=128, keys=64, warps=4, stages=2),
+    (89, 128): Tiles("pointer", rows=128, keys=32, warps=8, stages=2),
+    (89, 256): Tiles("pointer", rows=64, keys=32, warps=4, stages=1),
+    (90, 64): Tiles("gluon", stages=4),
+    (90, 128): Tiles("gluon", stages=2),
+    (90, 256): Tiles("tma", rows=128, keys=64, warps=8, stages=2),
+    (100, 64): Tiles("tma", rows=128, keys=128, warps=4, stages=3),
+    (100, 128): Tiles("tma", rows=128, keys=64, warps=4, stages=3),
+    (100, 256): Tiles("tma", rows=64, keys=64, warps=4, stages=2),
+    (120, 64): Tiles("pointer", rows=128, keys=64, warps=4, stages=2),
+    (120, 128): Tiles("pointer", rows=128, keys=32, warps=8, stages=2),
+    (120, 256): Tiles("pointer", rows=64, keys=32, warps=4, stages=1),
+}
+PLAIN_TMA: dict[int, Tiles] = {
+    64: Tiles("tma", rows=128, keys=128, warps=8, stages=3),
+    128: Tiles("tma", rows=128, keys=128, warps=8, stages=3),
+}
+"""sm_90 where the Gluon kernel cannot serve a call."""
+POINTER_90: dict[int, Tiles] = {
+    64: Tiles("pointer", rows=128, keys=128, warps=8, stages=2),
+    128: Tiles("pointer", rows=128, keys=64, warps=8, stages=3),
+    256: Tiles("pointer", rows=64, keys=64, warps=4, stages=2),
+}
+FULL_PRECISION = Tiles("pointer", rows=64, keys=32, warps=4, stages=1)
+"""fp32 operands, on every architecture: correct, not fast."""
+INTERPRETED = Tiles("pointer", rows=32, keys=16, warps=4, stages=1)
+"""The Triton interpreter: small tiles, so that short tests cross many tile edges."""
+
+
+def padded(width: int) -> int:
+    """The power of two a head of `width` is computed at."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def tiles_for(capability: int, width: int) -> Tiles | None:
+    """The pinned entry for heads of `width` on sm_`capability`; None if the table serves no such heads."""
+    known = [arch for arch, dim in TILES if arch <= capability and dim == max(64, padded(width))]
+    return TILES[max(known), max(64, padded(width))] if known else None
