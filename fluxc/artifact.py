@@ -10,22 +10,21 @@ Calibration and training replace `plan.json` and `routers.safetensors`; weights 
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import importlib.metadata
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from fluxc import manifest, pending
-from fluxc.archive import bind_weights, load_program, save_program
+from fluxc.archive import save_program
 from fluxc.atomic import atomic_directory
-from fluxc.errors import ArchiveError, InternalError, PlanError
+from fluxc.errors import InternalError, PlanError
+from fluxc.flux_dir import PLAN, ROUTERS, FluxDir, graph_file, open_flux
 from fluxc.ir.graph import argument, calls
 from fluxc.manifest import FileEntry, Manifest
 from fluxc.model_info import ModelInfo
@@ -35,61 +34,17 @@ from fluxc.router import PREFIX, router_state
 from fluxc.weight_files import (
     SHARD_BYTES,
     bytes_of,
-    read_tensors,
     split_aliases,
     weights_digest,
     write_shards,
     write_tensors,
 )
 
-PLAN = "plan.json"
-ROUTERS = "routers.safetensors"
-DEVICE = "device.json"
-GRAPHS = ("captured", "routed")
 _SMALL_FILES_BYTES = 64_000_000  # what graphs, tokenizer and manifest may take, for the check of free space
 
+__all__ = ["FluxDir", "open_flux", "preflight", "update_flux", "update_plan", "update_routers", "write_flux"]
+
 Contents = Mapping[str, bytes | str]
-
-
-@dataclasses.dataclass(frozen=True)
-class FluxDir:
-    """An opened model.flux directory. Tensors are read once, on first use, and shared by the programs it loads."""
-
-    path: Path
-    manifest: Manifest
-    plan: Plan
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        """What capture knew of the source model."""
-        return self.manifest.meta
-
-    @property
-    def device_file(self) -> Path:
-        """Where crossovers measured on this machine are kept; need not exist."""
-        return self.path / DEVICE
-
-    @functools.cached_property
-    def weights(self) -> dict[str, Tensor]:
-        """Backbone tensors by name in the programs, memory-mapped; tied names share one tensor."""
-        stored = read_tensors(self.path, self.manifest.tensors)
-        return stored | {name: stored[owner] for name, owner in self.manifest.aliases.items()}
-
-    @functools.cached_property
-    def routers(self) -> dict[str, Tensor]:
-        """Router tensors (`routers.<layer>.encoder.0.weight`, ...), memory-mapped."""
-        return read_tensors(self.path, self.manifest.routers)
-
-    def load(self, kind: Literal["routed", "captured"] = "routed") -> ExportedProgram:
-        """A program with its weights bound; both kinds share the tensors. Raises ArchiveError for a hostile graph."""
-        if kind not in GRAPHS:
-            raise InternalError(f"a model.flux directory holds no program {kind!r}")
-        program, _ = load_program(self.path / _graph(kind))
-        return bind_weights(program, self.weights | (self.routers if kind == "routed" else {}))
-
-
-def _graph(kind: str) -> str:
-    return f"graphs/{kind}.pt2"
 
 
 def write_flux(
@@ -154,7 +109,7 @@ def _check_settings(routed: ExportedProgram, plan: Plan) -> None:
 def _write_graphs(root: Path, programs: Mapping[str, ExportedProgram]) -> None:
     (root / "graphs").mkdir()
     for kind, program in programs.items():
-        save_program(program, root / _graph(kind), with_weights=False)
+        save_program(program, root / graph_file(kind), with_weights=False)
 
 
 def _write_texts(folder: Path, contents: Contents) -> None:
@@ -168,25 +123,6 @@ def versions() -> dict[str, str]:
     """Versions of the tools that shape an artifact."""
     packages = ("fluxc", "torch", "transformers", "safetensors")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
-
-
-def open_flux(path: str | Path, verify_weights: bool = True) -> FluxDir:
-    """Open a model.flux directory after checking the hash of every file (`verify_weights` False: not the weights').
-
-    Raises ArchiveError, naming the file, for one that is damaged or missing, and for a newer format; PlanError for a
-    plan that is not valid.
-    """
-    root = Path(path)
-    if not (root / manifest.NAME).is_file():
-        what = "is no model.flux directory" if root.exists() else "does not exist"
-        raise ArchiveError(f"{root} {what}", hint="fluxc transform MODEL writes one")
-    pending.finish(root)
-    found = Manifest.load(root / manifest.NAME)
-    found.verify(root, (name for name in found.files if verify_weights or not name.startswith("weights/")))
-    plan = Plan.load(root / PLAN)
-    if plan.digest() != found.plan:
-        raise ArchiveError(f"{root / PLAN} is not the plan the manifest was written for")
-    return FluxDir(root, found, plan)
 
 
 def update_flux(

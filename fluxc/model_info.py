@@ -33,7 +33,7 @@ class AttentionInfo:
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """The model: family name, context in tokens, dtype of its weights, digest of their bytes, and its attentions."""
+    """The model: family name, context in tokens (0: unknown), dtype and digest of its weights, and its attentions."""
 
     family: str
     context: int

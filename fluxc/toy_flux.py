@@ -37,7 +37,11 @@ def flat_plan(info: ModelInfo, budget: float = 0.4, sparse: SparseSettings = SPA
 
 
 def toy_flux(path: Path, captured: ExportedProgram | None = None, **options: Any) -> FluxDir:
-    """Write and open the model.flux of a captured toy program (default: TOY); `options` go to write_flux."""
-    program = captured or toy_program(TOY)
-    info = ModelInfo.of(program, META, weights_digest(program.state_dict))
-    return write_flux(path, program, toy_routed(program), flat_plan(info), META, **options)
+    """The model.flux of a captured toy program (default: TOY); `options` go to write_flux."""
+    return flux_of(path, captured or toy_program(TOY), META, **options)
+
+
+def flux_of(path: Path, captured: ExportedProgram, meta: dict[str, Any], **options: Any) -> FluxDir:
+    """Write and open the model.flux of any captured program, with first router weights and `flat_plan`."""
+    info = ModelInfo.of(captured, meta, weights_digest(captured.state_dict))
+    return write_flux(path, captured, toy_routed(captured), flat_plan(info), meta, **options)

@@ -1,0 +1,1 @@
+"""Running a model.flux directory in eager torch: prefill with routing, short answers, and its measurements."""
