@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxc.kernels.row_call import RowCall, RowOptions
-from fluxc.kernels.rows import attend_backward, sink_logits_grad, sum_dtype
+from fluxc.kernels.explicit import sum_dtype
+from fluxc.kernels.row_call import RowCall, RowOptions, check
+from fluxc.kernels.rows import attend_backward, sink_logits_grad
 from fluxc.kernels.schemas import NAMESPACE
 
 _REQUESTS = "Tensor? route, Tensor? prompt_lens, Tensor? q_start, Tensor? sink_logits"
-_OPTIONS = "float scale, float softcap, str kind, int sink, int window, int last, bool decode_full"
+_OPTIONS = "str op, float scale, float softcap, str kind, int sink, int window, int last, bool decode_full"
 FORWARD = f"(Tensor q, Tensor k, Tensor v, {_REQUESTS}, *, {_OPTIONS}) -> (Tensor, Tensor)"
 BACKWARD = (
     f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_REQUESTS}, *, {_OPTIONS}) "
@@ -34,8 +35,8 @@ def define() -> None:
     backward.register_fake(_backward_fake)
 
 
-def apply(call: RowCall) -> Tensor:
-    """The output of `call`, [B,S,H,Dv], on the autograd tape."""
+def apply(op: str, call: RowCall) -> Tensor:
+    """The output of `call`, made by op `op`: [B,S,H,Dv], on the autograd tape."""
     opt = call.options
     out, _ = torch.ops.fluxc.rows_forward(
         call.q,
@@ -45,6 +46,7 @@ def apply(call: RowCall) -> Tensor:
         call.prompt_lens,
         call.q_start,
         call.sink_logits,
+        op=op,
         scale=opt.scale,
         softcap=opt.softcap,
         kind=opt.kind,
@@ -70,9 +72,13 @@ def _forward(
     prompt_lens: Tensor | None,
     q_start: Tensor | None,
     sink_logits: Tensor | None,
+    *,
+    op: str,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    return RowCall(q, k, v, RowOptions(**options), route, prompt_lens, q_start, sink_logits).forward()
+    call = RowCall(q, k, v, RowOptions(**options), route, prompt_lens, q_start, sink_logits)
+    check(op, call)
+    return call.forward()
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *requests: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -91,6 +97,8 @@ def _backward(
     prompt_lens: Tensor | None,
     q_start: Tensor | None,
     sink_logits: Tensor | None,
+    *,
+    op: str,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = RowCall(q, k, v, RowOptions(**options), route, prompt_lens, q_start, sink_logits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +37,27 @@ def choose(op: str, providers: tuple[Provider, ...], *args: Any, **kwargs: Any) 
     raise InternalError(f"fluxc::{op}: no provider takes this call ({'; '.join(reasons)})")
 
 
+def triton_provider(op: str) -> Provider:
+    """The op's Triton kernel, whose module is imported by the first call on a CUDA tensor."""
+    module = f"{__package__}.{op}.triton_impl"
+
+    def supported(q: Tensor, *args: Any, **kwargs: Any) -> str | None:
+        if q.device.type != "cuda":
+            return "needs a CUDA device"
+        if importlib.util.find_spec("triton") is None or importlib.util.find_spec(module) is None:
+            return "Triton is not installed"
+        return importlib.import_module(module).supported(q, *args, **kwargs)
+
+    return Provider("triton", supported, lambda *args, **kwargs: importlib.import_module(module).run(*args, **kwargs))
+
+
+def pieces_provider(row_call: Callable[..., RowCall]) -> Provider:
+    """Flash pieces, on any device, of every call."""
+    return Provider(
+        "pieces", lambda *args, **kwargs: None, lambda *args, **kwargs: row_call(*args, **kwargs).forward()[0]
+    )
+
+
 def define_attention(op: str, row_call: Callable[..., RowCall], run: Callable[..., Tensor]) -> None:
     """Define torch.ops.fluxc.<op>. `row_call` maps its arguments to a RowCall; `run` computes it without a tape."""
     name = f"{NAMESPACE}::{op}"
@@ -46,7 +69,7 @@ def define_attention(op: str, row_call: Callable[..., RowCall], run: Callable[..
     def with_tape(*args: Any, **kwargs: Any) -> Tensor:
         call = row_call(*args, **kwargs)
         if autograd.needs_grad(call):
-            return autograd.apply(call)
+            return autograd.apply(op, call)
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.fluxc, op)(*args, **kwargs)
 

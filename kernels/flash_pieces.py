@@ -1,32 +1,43 @@
-"""Flash attention over one rectangle or triangle of (query, key) pairs, and the log-sum-exp merge of such pieces.
+"""Flash attention over one piece of the (query, key) plane, its gradient, and the log-sum-exp merge of pieces.
 
 A piece returns its own normalised output and the log-sum-exp of its scores, so that pieces over disjoint keys merge
-exactly. Axes: N key/value heads (or chunks), G query heads of one key/value head, R rows, T keys, D and Dv widths.
-Keys are shared by the G heads as a stride-0 view: heads are never repeated in memory.
+exactly. Axes: N key/value heads, G query heads of one key/value head, R rows, T keys, D and Dv widths. Keys are shared
+by the G heads as a stride-0 view: heads are never repeated in memory.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EXPLICIT_ROWS = 256  # rows a block of the soft-cap path, whose scores are materialised
+from fluxc.kernels.explicit import explicit, explicit_backward, sum_dtype
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How scores are formed: times `scale`, then the soft cap (0: none)."""
+
+    scale: float
+    softcap: float = 0.0
 
 
 def flash(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, softcap: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, how: Scores, *, causal: bool = False, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of q [N,G,R,D] over k [N,T,D], v [N,T,Dv] -> out [N,G,R,Dv] and log-sum-exp [N,G,R].
 
-    `causal` needs R == T: row i sees keys j <= i.
+    `causal` needs R == T: row i sees keys j <= i. `mask` [R,T] in q's dtype is added to the scores.
     """
-    if softcap:
-        return _explicit(q, k, v, causal, scale, softcap)
+    if how.softcap or not _has_kernel(q, mask):
+        return explicit(q, k, v, how.scale, how.softcap, causal, mask)
     width = v.shape[-1]
     q, k, v = _one_width(q, k, v)
-    heads = q.shape[1]
-    out, lse = _kernel(q, _share(k, heads), _share(v, heads), causal, scale)
+    out, lse = _kernel(*_folded(q, k, v), causal, mask, how.scale)
+    if q.shape[1] == 1:
+        out, lse = out.transpose(0, 1), lse.transpose(0, 1)
     return out[..., :width], lse
 
 
@@ -37,26 +48,23 @@ def flash_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    how: Scores,
     *,
-    causal: bool,
-    scale: float,
-    softcap: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one piece -> dq [N,G,R,D], dk [N,T,D], dv [N,T,Dv].
 
-    `out` and `lse` are those of the whole row (all pieces merged): each piece's share of the gradient is then exact.
+    `out` and `lse` are those of the whole row, all pieces merged: each piece's share of the gradient is then exact.
     """
-    if softcap or q.device.type != "cpu":
-        return _explicit_backward(grad, q, k, v, out, lse, causal, scale, softcap)
+    if how.softcap or q.device.type != "cpu":
+        return explicit_backward(grad, q, k, v, out, lse, how.scale, how.softcap, causal, mask)
     depth, width = q.shape[-1], v.shape[-1]
     q, k, v = _one_width(q, k, v)
-    pad = v.shape[-1] - width
-    if pad:
-        grad, out = F.pad(grad, (0, pad)), F.pad(out, (0, pad))
+    grad, out = (F.pad(_dense_rows(x), (0, v.shape[-1] - width)) for x in (grad, out))
     heads = q.shape[1]
-    k, v = _share(k, heads), _share(v, heads)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        _dense_rows(grad), q, k, v, _dense_rows(out), lse, 0.0, causal, scale=scale
+        grad, q, _share(k, heads), _share(v, heads), out, lse, 0.0, causal, attn_mask=_rank4(mask), scale=how.scale
     )
     return dq[..., :depth], _sum_heads(dk)[..., :depth], _sum_heads(dv)[..., :width]
 
@@ -71,65 +79,26 @@ def merge_(out: Tensor, lse: Tensor, piece_out: Tensor, piece_lse: Tensor) -> No
     torch.logaddexp(lse, piece_lse, out=lse)
 
 
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums run in: fp64 for fp64 inputs, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _has_kernel(q: Tensor, mask: Tensor | None) -> bool:
     if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    if q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
-        out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
-        return out[0], out[1]
-    return _explicit(q, k[:, 0], v[:, 0], causal, scale, 0.0)
+        return True
+    return mask is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0
 
 
-def _explicit(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
-    rows, kind = q.shape[2], sum_dtype(q.dtype)
-    out = q.new_empty(*q.shape[:-1], v.shape[-1])
-    lse = q.new_empty(q.shape[:-1], dtype=kind)
-    for begin in range(0, rows, EXPLICIT_ROWS):
-        block = slice(begin, min(begin + EXPLICIT_ROWS, rows))
-        keys = block.stop if causal else k.shape[1]
-        scores = _scores(q[:, :, block], k[:, :keys], begin, causal, scale, softcap)
-        lse[:, :, block] = torch.logsumexp(scores, -1)
-        weights = torch.exp(scores - lse[:, :, block].unsqueeze(-1))
-        out[:, :, block] = (weights @ v[:, None, :keys].to(kind)).to(q.dtype)
-    return out, lse
+def _kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=_rank4(mask), scale=scale
+        )
+    out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
+    return out[0], out[1]
 
 
-def _scores(q: Tensor, k: Tensor, begin: int, causal: bool, scale: float, softcap: float) -> Tensor:
-    kind = sum_dtype(q.dtype)
-    scores = (q.to(kind) * scale) @ k[:, None].to(kind).transpose(-1, -2)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if causal:
-        row = torch.arange(begin, begin + q.shape[2], device=q.device).unsqueeze(1)
-        scores = scores.masked_fill(torch.arange(k.shape[1], device=q.device) > row, -torch.inf)
-    return scores
-
-
-def _explicit_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float, softcap: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, kind = q.shape[2], sum_dtype(q.dtype)
-    dq = torch.empty_like(q, dtype=kind)
-    dk, dv = torch.zeros_like(k, dtype=kind), torch.zeros_like(v, dtype=kind)
-    delta = (grad.to(kind) * out.to(kind)).sum(-1, keepdim=True)
-    for begin in range(0, rows, EXPLICIT_ROWS):
-        block = slice(begin, min(begin + EXPLICIT_ROWS, rows))
-        keys = block.stop if causal else k.shape[1]
-        b_q, b_grad = q[:, :, block].to(kind), grad[:, :, block].to(kind)
-        scores = _scores(b_q, k[:, :keys].to(kind), begin, causal, scale, softcap)
-        weights = torch.exp(scores - lse[:, :, block].unsqueeze(-1))
-        dv[:, :keys] += (weights.transpose(-1, -2) @ b_grad).sum(1)
-        dscores = weights * (b_grad @ v[:, None, :keys].to(kind).transpose(-1, -2) - delta[:, :, block])
-        if softcap:
-            dscores = dscores * (1 - (scores.masked_fill(weights == 0, 0) / softcap) ** 2)
-        dq[:, :, block] = dscores @ k[:, None, :keys].to(kind) * scale
-        dk[:, :keys] += (dscores.transpose(-1, -2) @ b_q).sum(1) * scale
-    return dq, dk, dv
+def _folded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """4-axis views for the kernel, whose output runs [batch,row,head]: without groups that is already [S,H,Dv]."""
+    if q.shape[1] == 1:
+        return q.transpose(0, 1), k.unsqueeze(0), v.unsqueeze(0)
+    return q, _share(k, q.shape[1]), _share(v, q.shape[1])
 
 
 def _share(x: Tensor, heads: int) -> Tensor:
@@ -141,6 +110,7 @@ def _sum_heads(x: Tensor) -> Tensor:
 
 
 def _one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernels want D == Dv: the narrower side is padded with zeros, which change nothing."""
     depth, width = q.shape[-1], v.shape[-1]
     q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
     if depth < width:
@@ -148,6 +118,10 @@ def _one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return (q, k, F.pad(v, (0, depth - width))) if width < depth else (q, k, v)
 
 
+def _rank4(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask[None, None]
+
+
 def _dense_rows(x: Tensor) -> Tensor:
-    """The kernels read rows of D as one run."""
+    """The kernels read each row as one run."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fluxc.errors import UserError
+from fluxc.kernels.flash_pieces import Scores
 from fluxc.kernels.row_plan import Segment, dense_rows, plan_rows
-from fluxc.kernels.rows import Scores, attend
+from fluxc.kernels.rows import attend
+
+# fp64 is there for gradient checks.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -44,18 +49,17 @@ class RowCall:
 
     def plans(self) -> list[list[Segment]]:
         """Row segments of each request; reads route, prompt_lens and q_start on the host."""
-        batch, rows, opt = self.q.shape[0], self.q.shape[2], self.options
+        batch = self.q.shape[0]
         begins = [0] * batch if self.q_start is None else self.q_start.tolist()
         full = [False] * batch if self.route is None else self.route.tolist()
         prompts = [0] * batch if self.prompt_lens is None else self.prompt_lens.tolist()
-        found = []
-        for begin, is_full, prompt in zip(begins, full, prompts, strict=True):
-            end = begin + rows
-            dense = None
-            if opt.kind == "triangle":
-                dense = dense_rows(prompt, end, last=opt.last, decode_full=opt.decode_full)
-            found.append(plan_rows(begin, end, full=is_full, sink=opt.sink, window=opt.window, dense=dense))
-        return found
+        return [self._plan(*request) for request in zip(begins, full, prompts, strict=True)]
+
+    def _plan(self, begin: int, full: bool, prompt: int) -> list[Segment]:
+        opt, end, dense = self.options, begin + self.q.shape[2], None
+        if opt.kind == "triangle":
+            dense = dense_rows(prompt, end, last=opt.last, decode_full=opt.decode_full)
+        return plan_rows(begin, end, sink=opt.sink, window=0 if full else opt.window, dense=dense)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Output [B,S,H,Dv] and log-sum-exp [B,H,S] by flash pieces."""
@@ -70,7 +74,7 @@ def check(op: str, call: RowCall) -> None:
         _require(x.dtype == q.dtype, op, name, f"is {x.dtype} but q is {q.dtype}")
         _require(x.device == q.device, op, name, f"is on {x.device} but q is on {q.device}")
         _require(x.numel() > 0, op, name, f"is empty: {tuple(x.shape)}")
-    _require(q.dtype.is_floating_point and q.dtype.itemsize > 1, op, "q", f"has dtype {q.dtype}")
+    _require(q.dtype in DTYPES, op, "q", f"is {q.dtype}, must be one of {', '.join(map(str, DTYPES))}")
     _require(k.shape[0] == v.shape[0] == q.shape[0], op, "k, v", f"have another batch than q's {q.shape[0]}")
     _require(k.shape[:3] == v.shape[:3], op, "v", f"is {tuple(v.shape)}, k is {tuple(k.shape)}")
     _require(k.shape[3] == q.shape[3], op, "k", f"has width {k.shape[3]}, q has {q.shape[3]}")
@@ -88,7 +92,10 @@ def _check_per_request(op: str, call: RowCall) -> None:
     for name in ("route", "prompt_lens", "q_start"):
         x = getattr(call, name)
         _require(x is None or x.shape == (batch,), op, name, f"must be [{batch}], is {_shape(x)}")
-    _require(call.route is None or not call.route.is_floating_point(), op, "route", "must be bool")
+    _require(call.route is None or call.route.dtype == torch.bool, op, "route", "must be bool")
+    for name in ("prompt_lens", "q_start"):
+        x = getattr(call, name)
+        _require(x is None or not (x.is_floating_point() or x.dtype == torch.bool), op, name, "must be integer")
     sink = call.sink_logits
     _require(sink is None or sink.shape == (heads,), op, "sink_logits", f"must be [{heads}], is {_shape(sink)}")
     if call.q_start is not None:

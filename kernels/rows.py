@@ -11,16 +11,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fluxc.kernels.flash_pieces import flash, flash_backward, merge_, sum_dtype
-from fluxc.kernels.row_plan import Segment, Tile, tiles
+from fluxc.kernels.band import chunks
+from fluxc.kernels.explicit import sum_dtype
+from fluxc.kernels.flash_pieces import Scores, flash, flash_backward, merge_
+from fluxc.kernels.row_plan import Segment
 
 
 @dataclass(frozen=True)
-class Scores:
-    """How scores are formed: scale, then the soft cap (0: none)."""
+class Request:
+    """One request, heads grouped: q [Hk,G,S,D], k [Hk,T,D], v [Hk,T,Dv], out [Hk,G,S,Dv], lse [Hk,G,S].
 
-    scale: float
-    softcap: float = 0.0
+    `start` is the absolute position of the first row.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    start: int
+
+    def rows(self, begin: int, end: int) -> slice:
+        """Index of absolute rows [begin, end)."""
+        return slice(begin - self.start, end - self.start)
 
 
 def attend(
@@ -34,10 +47,10 @@ def attend(
     out = q.new_empty(B, S, H, v.shape[-1])
     lse = q.new_empty(B, H, S, dtype=sum_dtype(q.dtype))
     for b, plan in enumerate(plans):
-        b_q, b_out, b_lse = _grouped(q[b], out[b], lse[b], k.shape[1])
+        request = _request(b, q, k, v, out, lse, plan)
         for segment in plan:
-            for group in tiles(segment):
-                _forward_group(b_q, k[b], v[b], b_out, b_lse, group, plan[0].begin, how)
+            forward = _band if segment.window else _full
+            forward(request, segment, how)
     if sink_logits is not None:
         _add_sink_logits(out, lse, sink_logits)
     return out, lse
@@ -47,17 +60,13 @@ def attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plans: Sequence[list[Segment]], how: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend` for q, k, v, from its merged out [B,S,H,Dv] and log-sum-exp [B,H,S]."""
-    kind = sum_dtype(q.dtype)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=kind, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.zeros(x.shape, dtype=sum_dtype(x.dtype), device=x.device) for x in (q, k, v))
     for b, plan in enumerate(plans):
-        b_q, b_out, b_lse = _grouped(q[b], out[b], lse[b], k.shape[1])
-        b_dq, b_grad, _ = _grouped(dq[b], grad[b], lse[b], k.shape[1])
+        request = _request(b, q, k, v, out, lse, plan)
+        b_grad, b_dq = _heads_first(grad[b], k.shape[1]), dq[b].unflatten(0, (k.shape[1], -1))
         for segment in plan:
-            for group in tiles(segment):
-                for tile in group:
-                    _backward_tile(
-                        (b_dq, dk[b], dv[b]), (b_grad, b_q, k[b], v[b], b_out, b_lse), tile, plan[0].begin, how
-                    )
+            backward = _band_backward if segment.window else _full_backward
+            backward(request, segment, how, b_grad, b_dq, dk[b], dv[b])
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -68,52 +77,69 @@ def sink_logits_grad(grad: Tensor, out: Tensor, lse: Tensor, sink_logits: Tensor
     return -(weight * delta).sum((0, 2)).to(sink_logits.dtype)
 
 
-def _grouped(q: Tensor, out: Tensor, lse: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views [Hk,G,S,..] of q [H,S,D], out [S,H,Dv], lse [H,S]."""
-    split = (kv_heads, q.shape[0] // kv_heads)
-    return q.unflatten(0, split), out.unflatten(1, split).permute(1, 2, 0, 3), lse.unflatten(0, split)
-
-
-def _forward_group(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, group: list[Tile], start: int, how: Scores
-) -> None:
-    for index, tile in enumerate(group):
-        rows = slice(tile.row - start, tile.row - start + tile.rows)
-        keys = slice(tile.key, tile.key + tile.keys)
-        piece_out, piece_lse = _piece(q[:, :, rows], k[:, keys], v[:, keys], tile, how)
-        if index == 0:
-            out[:, :, rows], lse[:, :, rows] = piece_out, piece_lse
-        else:
-            merge_(out[:, :, rows], lse[:, :, rows], piece_out, piece_lse)
-
-
-def _piece(q: Tensor, k: Tensor, v: Tensor, tile: Tile, how: Scores) -> tuple[Tensor, Tensor]:
-    if tile.shape != "anticausal":
-        return flash(q, k, v, causal=tile.shape == "causal", scale=how.scale, softcap=how.softcap)
-    # Reversed in both axes, an anti-causal triangle is a causal one.
-    out, lse = flash(q.flip(2), k.flip(1), v.flip(1), causal=True, scale=how.scale, softcap=how.softcap)
-    return out.flip(2), lse.flip(2)
-
-
-def _backward_tile(
-    into: tuple[Tensor, Tensor, Tensor], tensors: tuple[Tensor, ...], tile: Tile, start: int, how: Scores
-) -> None:
-    rows = slice(tile.row - start, tile.row - start + tile.rows)
-    keys = slice(tile.key, tile.key + tile.keys)
-    grad, q, k, v, out, lse = tensors
-    by_row, by_key = [x[:, :, rows] for x in (grad, q, out, lse)], [x[:, keys] for x in (k, v)]
-    if tile.shape == "anticausal":
-        by_row, by_key = [x.flip(2) for x in by_row], [x.flip(1) for x in by_key]
-    (b_grad, b_q, b_out, b_lse), (b_k, b_v) = by_row, by_key
-    causal = tile.shape != "rectangle"
-    dq, dk, dv = flash_backward(
-        b_grad, b_q, b_k, b_v, b_out, b_lse, causal=causal, scale=how.scale, softcap=how.softcap
+def _request(b: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Sequence[Segment]) -> Request:
+    split = (k.shape[1], -1)
+    return Request(
+        q[b].unflatten(0, split),
+        k[b],
+        v[b],
+        _heads_first(out[b], k.shape[1]),
+        lse[b].unflatten(0, split),
+        plan[0].begin,
     )
-    if tile.shape == "anticausal":
-        dq, dk, dv = dq.flip(2), dk.flip(1), dv.flip(1)
-    into[0][:, :, rows] += dq
-    into[1][:, keys] += dk
-    into[2][:, keys] += dv
+
+
+def _heads_first(x: Tensor, kv_heads: int) -> Tensor:
+    """[S,H,Dv] -> view [Hk,G,S,Dv]."""
+    return x.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+
+
+def _full(request: Request, segment: Segment, how: Scores) -> None:
+    rows, begin, end = request.rows(segment.begin, segment.end), segment.begin, segment.end
+    q, out, lse = request.q[:, :, rows], request.out[:, :, rows], request.lse[:, :, rows]
+    own = flash(q, request.k[:, begin:end], request.v[:, begin:end], how, causal=True)
+    out.copy_(own[0])
+    lse.copy_(own[1])
+    if begin:
+        merge_(out, lse, *flash(q, request.k[:, :begin], request.v[:, :begin], how))
+
+
+def _band(request: Request, segment: Segment, how: Scores) -> None:
+    for chunk in chunks(segment, request.k, request.v):
+        rows = request.rows(chunk.rows.start, chunk.rows.stop)
+        out, lse = flash(request.q[:, :, rows], chunk.k, chunk.v, how, mask=chunk.mask)
+        request.out[:, :, rows] = out
+        request.lse[:, :, rows] = lse
+
+
+def _full_backward(
+    request: Request, segment: Segment, how: Scores, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+) -> None:
+    rows = request.rows(segment.begin, segment.end)
+    by_row = [x[:, :, rows] for x in (request.q, request.out, request.lse)]
+    for keys, causal in ((slice(segment.begin, segment.end), True), (slice(0, segment.begin), False)):
+        if keys.start == keys.stop:
+            continue
+        q, out, lse = by_row
+        found = flash_backward(
+            grad[:, :, rows], q, request.k[:, keys], request.v[:, keys], out, lse, how, causal=causal
+        )
+        for total, part in zip((dq[:, :, rows], dk[:, keys], dv[:, keys]), found, strict=True):
+            total += part
+
+
+def _band_backward(
+    request: Request, segment: Segment, how: Scores, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+) -> None:
+    sink = segment.sink
+    for chunk in chunks(segment, request.k, request.v):
+        rows = request.rows(chunk.rows.start, chunk.rows.stop)
+        q, out, lse = (x[:, :, rows] for x in (request.q, request.out, request.lse))
+        found = flash_backward(grad[:, :, rows], q, chunk.k, chunk.v, out, lse, how, mask=chunk.mask)
+        dq[:, :, rows] += found[0]
+        for total, part in zip((dk, dv), found[1:], strict=True):
+            total[:, :sink] += part[:, :sink]
+            total[:, chunk.keys] += part[:, sink:]
 
 
 def _add_sink_logits(out: Tensor, lse: Tensor, sink_logits: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluxc.kernels.define import Provider, choose, define_attention
+from fluxc.kernels.define import Provider, choose, define_attention, pieces_provider, triton_provider
 from fluxc.kernels.row_call import RowCall, RowOptions
 
 
@@ -35,16 +35,12 @@ def row_call(
 
 def providers() -> tuple[Provider, ...]:
     """In order of preference."""
-    return (Provider("sdpa", _sdpa_supported, _sdpa), Provider("pieces", lambda *args, **kwargs: None, _pieces))
+    return Provider("sdpa", _sdpa_supported, _sdpa), triton_provider("attention"), pieces_provider(row_call)
 
 
 def run(*args: Any, **kwargs: Any) -> Tensor:
     """Output [B,S,H,Dv] by the first provider that takes the call."""
     return choose("attention", providers(), *args, **kwargs).run(*args, **kwargs)
-
-
-def _pieces(*args: Any, **kwargs: Any) -> Tensor:
-    return row_call(*args, **kwargs).forward()[0]
 
 
 def _sdpa_supported(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> str | None:

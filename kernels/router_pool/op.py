@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fluxc.errors import UserError
-from fluxc.kernels.flash_pieces import sum_dtype
+from fluxc.kernels.explicit import sum_dtype
 from fluxc.kernels.schemas import NAMESPACE, SCHEMAS
 
 BACKWARD = "(Tensor grad, Tensor q, Tensor prompt_lens, *, int pool) -> Tensor"

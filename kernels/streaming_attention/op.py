@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fluxc.kernels.define import Provider, choose, define_attention
+from fluxc.kernels.define import Provider, choose, define_attention, pieces_provider, triton_provider
 from fluxc.kernels.row_call import RowCall, RowOptions
 
 
@@ -35,13 +35,9 @@ def row_call(
 
 def providers() -> tuple[Provider, ...]:
     """In order of preference."""
-    return (Provider("pieces", lambda *args, **kwargs: None, _pieces),)
+    return triton_provider("streaming_attention"), pieces_provider(row_call)
 
 
 def run(*args: Any, **kwargs: Any) -> Tensor:
     """Output [B,S,H,Dv] by the first provider that takes the call."""
     return choose("streaming_attention", providers(), *args, **kwargs).run(*args, **kwargs)
-
-
-def _pieces(*args: Any, **kwargs: Any) -> Tensor:
-    return row_call(*args, **kwargs).forward()[0]
