@@ -22,6 +22,7 @@ from fluxc.errors import FluxcError, StorageError
 COMMANDS = {
     "doctor": "fluxc.cli.doctor",
     "capture": "fluxc.cli.capture",
+    "run": "fluxc.cli.run",
 }
 
 INTERRUPTED = 130

@@ -29,11 +29,19 @@ def command(name: str, *, examples: str, writes: bool = False) -> Callable[[Call
             with contextlib.redirect_stdout(sys.stderr), _interruptible():
                 function(screen, **options)
 
-        for option in reversed(_writing() + _common() if writes else _common()):
-            body = option(body)
+        _append_options(body, _writing() + _common() if writes else _common())
         return click.command(name, epilog=_examples(examples), context_settings=CONTEXT)(body)
 
     return wrap
+
+
+def _append_options(body: Any, options: list[Callable[..., Any]]) -> None:
+    """Put `options` after the command's own in the help text; click keeps them in reverse."""
+    own = list(getattr(body, "__click_params__", []))
+    body.__click_params__ = []
+    for option in reversed(options):
+        option(body)
+    body.__click_params__ += own
 
 
 class InterruptedRunError(Exception):

@@ -8,6 +8,7 @@ from rich.markup import escape
 
 from fluxc.cli.command import command
 from fluxc.cli.screen import Screen
+from fluxc.cli.tables import table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,26 +37,26 @@ def doctor(screen: Screen) -> None:
 
 
 def _parts(report: Report) -> Table:
-    table = _table("part", "found", "what, or why not")
+    made = table("part", "found", "what, or why not")
     for part in report.components:
-        table.add_row(part.name, _mark(part.present), escape(part.detail))
-    return table
+        made.add_row(part.name, _mark(part.present), escape(part.detail))
+    return made
 
 
 def _targets(report: Report) -> Table:
-    table = _table("target", "ready", "what it is for, or what is missing")
+    made = table("target", "ready", "what it is for, or what is missing")
     for target in report.targets:
         missing = "\n".join(_lacks(need) for need in target.missing)
-        table.add_row(target.name, _mark(target.ready), escape(missing or target.does))
-    return table
+        made.add_row(target.name, _mark(target.ready), escape(missing or target.does))
+    return made
 
 
 def _kernels(report: Report) -> Table:
-    table = _table("op", "on", "served by", "skipped before it")
+    made = table("op", "on", "served by", "skipped before it")
     for row in report.providers:
         skipped = "\n".join(f"{name}: {reason}" for name, reason in row.skipped.items())
-        table.add_row(row.op, row.device, row.provider or "[red]nobody[/red]", escape(skipped))
-    return table
+        made.add_row(row.op, row.device, row.provider or "[red]nobody[/red]", escape(skipped))
+    return made
 
 
 def _lacks(need: Need) -> str:
@@ -64,13 +65,3 @@ def _lacks(need: Need) -> str:
 
 def _mark(good: bool) -> str:
     return "[green]yes[/green]" if good else "[yellow]no[/yellow]"
-
-
-def _table(*columns: str) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column)
-    return table
