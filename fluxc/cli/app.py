@@ -22,6 +22,7 @@ from fluxc.errors import FluxcError, StorageError
 COMMANDS = {
     "doctor": "fluxc.cli.doctor",
     "capture": "fluxc.cli.capture",
+    "transform": "fluxc.cli.transform",
     "run": "fluxc.cli.run",
 }
 
@@ -53,6 +54,8 @@ def group(ctx: click.Context) -> None:
     \b
     Start here:
       fluxc doctor                            what this machine can run
+      fluxc transform MODEL --budget 0.4      a model in, a calibrated routed model out
+      fluxc run model.flux --prompt TEXT      its routes, times and answer
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -66,7 +69,7 @@ def run(argv: Sequence[str] | None = None) -> int:
             code = group.main(args=argv, prog_name="fluxc", standalone_mode=False, obj=screen)
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, click.Abort, InterruptedRunError):
-        screen.error(screen.kept or "nothing was written", label="interrupted: ")
+        screen.interrupted()
         return INTERRUPTED
     except Exception as fault:
         return _report(fault, screen)

@@ -1,4 +1,4 @@
-"""Where a command writes: its default path, and what would make the writing fail after long work."""
+"""Checks of the place a command writes to, made before its long work."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from pathlib import Path
 from fluxc.errors import OutputExistsError, StorageError
 
 
-def default_flux(model: str) -> Path:
-    """`model.pt` -> model.flux, `folder/Llama-3` and `owner/Llama-3` -> Llama-3.flux, in the working directory."""
-    path = Path(os.path.abspath(model) if Path(model).is_dir() else model)
-    stem = path.stem if path.suffix in (".pt", ".pt2", ".gguf", ".flux") else path.name
-    return Path(f"{stem}.flux")
-
-
 def check_file(path: Path, force: bool) -> Path:
     """`path`, where a file may be written; raises OutputExistsError or StorageError, before any work is done."""
     if path.is_dir():
         raise OutputExistsError(f"{path} is a directory, not a file", hint="name another output with -o")
     if path.exists() and not force:
         raise OutputExistsError(f"{path} already exists", hint="give --force to replace it, or name another with -o")
+    check_folder(path)
+    return path
+
+
+def check_flux(path: Path, force: bool) -> Path:
+    """`path`, where a model.flux folder may be written; raises as `check_file` does."""
+    from fluxc.manifest import NAME
+    from fluxc.preflight import check_target
+
+    check_target(path, NAME, force)
     check_folder(path)
     return path
 

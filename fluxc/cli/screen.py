@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,14 +23,14 @@ WIDTH = 120
 class Screen:
     """Output of one run of the command line.
 
-    `kept` is what an interrupted command leaves behind and how to resume: commands set it before long work.
+    `kept_in` is the folder in which an interrupted command leaves its measurements: commands set it before long work.
     """
 
     def __init__(self) -> None:
         self.json = False
         self.quiet = False
         self.debug = False
-        self.kept = ""
+        self.kept_in: Path | None = None
         self.stdout = sys.stdout
         self._bars: Bars | None = None
 
@@ -50,12 +52,18 @@ class Screen:
     def result(self, value: dict[str, Any]) -> None:
         """The machine-readable result: one JSON object on stdout under `--json`, else nothing."""
         if self.json:
-            click.echo(json.dumps(value, indent=1, allow_nan=False), file=self.stdout)
+            click.echo(json.dumps(_finite(value), indent=1, allow_nan=False), file=self.stdout)
 
     def error(self, text: str, label: str = "error: ") -> None:
         """One line on stderr; progress bars are closed before."""
         self.close()
         click.echo(label + " ".join(text.split()), err=True)
+
+    def interrupted(self) -> None:
+        """One line on stderr: what was kept and how to resume."""
+        count = len(list(self.kept_in.iterdir())) if self.kept_in and self.kept_in.is_dir() else 0
+        kept = f"{count} measurements are kept in {self.kept_in}; the same command resumes" if count else ""
+        self.error(kept or "nothing was written", label="interrupted: ")
 
     def progress(self) -> Progress:
         """Bars on stderr for a library function, silent under `--quiet`."""
@@ -79,3 +87,12 @@ class Screen:
 
         console = Console(file=self.stdout)
         return console if console.is_terminal else Console(file=self.stdout, width=WIDTH)
+
+
+def _finite(value: Any) -> Any:
+    """The same plain value with null for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -90,12 +91,20 @@ def test_full_disk_is_the_users(run: Run) -> None:
     assert err == "error: model.pt: no space left on device; free some space or choose another place with -o\n"
 
 
-def test_interrupt_says_what_was_kept(run: Run) -> None:
+def test_interrupt_says_what_was_kept(run: Run, tmp_path: Path) -> None:
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).touch()
+
     def probe(screen: Screen) -> None:
-        screen.kept = "3 of 12 measurements kept; the same command resumes"
+        screen.kept_in = tmp_path
         raise KeyboardInterrupt
 
-    assert run(probe) == (130, "", "interrupted: 3 of 12 measurements kept; the same command resumes\n")
+    said = f"interrupted: 2 measurements are kept in {tmp_path}; the same command resumes\n"
+    assert run(probe) == (130, "", said)
+
+
+def test_interrupt_before_anything_was_kept(run: Run) -> None:
+    assert run(raising(KeyboardInterrupt())) == (130, "", "interrupted: nothing was written\n")
 
 
 def test_unknown_option_is_2(run: Run) -> None:
@@ -118,7 +127,7 @@ def say(screen: Screen) -> None:
     progress.note("noted [brackets]")
     screen.show("for [bold]people[/bold]")
     screen.answer("the answer")
-    screen.result({"value": 1})
+    screen.result({"value": 1, "none": [float("nan")]})
 
 
 def test_people_get_text_on_stdout_and_progress_on_stderr(run: Run) -> None:
@@ -129,7 +138,7 @@ def test_people_get_text_on_stdout_and_progress_on_stderr(run: Run) -> None:
 
 def test_json_stands_alone_on_stdout(run: Run) -> None:
     code, out, err = run(say, "--json")
-    assert (code, json.loads(out)) == (0, {"value": 1})
+    assert (code, json.loads(out)) == (0, {"value": 1, "none": [None]})
     assert "measuring" in err
 
 

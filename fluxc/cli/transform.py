@@ -1,0 +1,123 @@
+"""`fluxc transform`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fluxc.cli.budgets import budget_options
+from fluxc.cli.capture import dtype_option, find, model_argument
+from fluxc.cli.command import command
+from fluxc.cli.outputs import check_flux
+from fluxc.cli.screen import Screen
+from fluxc.cli.verified import verified_lines
+
+if TYPE_CHECKING:
+    from fluxc.calibrate.options import CalibrateOptions
+    from fluxc.calibrate.transform import Transformed
+
+
+@command(
+    "transform",
+    writes=True,
+    examples="""
+    fluxc transform model.pt --budget 0.4
+    fluxc transform smollm2 --budget 0.4 --effort quick
+    fluxc transform path/to/model-folder --sparse-ratio 0.6 --sparse-kind streaming -o mine.flux
+    fluxc transform model.pt --budget 0.3 --prompts mine.jsonl
+    """,
+)
+@model_argument
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder to write.  [default: <name of MODEL>.flux]"
+)
+@budget_options
+@click.option(
+    "--effort", default="normal", show_default=True, metavar="quick|normal|thorough", help="How much to measure."
+)
+@click.option("--sparse-kind", default="auto", show_default=True, metavar="auto|streaming|triangle")
+@click.option("--sink", type=int, help="First tokens every row sees.  [default: by context]")
+@click.option("--window", type=int, help="Last tokens every row sees.  [default: by context]")
+@click.option(
+    "--decode", default="sparse", show_default=True, metavar="sparse|full", help="What the answer's rows see."
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--prompts", type=click.Path(path_type=Path), help="Your prompts: JSONL with prompt, answer, task.")
+@click.option("--dump-dir", type=click.Path(path_type=Path), help="Write the program after each pass there.")
+@dtype_option
+def transform(
+    screen: Screen,
+    model: str,
+    output: Path | None,
+    budget: float | None,
+    prompts: Path | None,
+    dump_dir: Path | None,
+    dtype: str | None,
+    force: bool,
+    dry_run: bool,
+    **settings: Any,
+) -> None:
+    """Put a calibrated Layer Router in front of every attention of MODEL.
+
+    MODEL is all that `fluxc capture` takes. At most the share --budget of the routable layers runs full attention,
+    averaged over prompts; 0.4 if not given. Without --prompts a built-in set is used. Interrupted work is resumed by
+    the same command.
+    """
+    from fluxc.calibrate import transform as library
+
+    options = _options(budget, settings)
+    target = check_flux(output or library.default_output(model), force)
+    if prompts:
+        _check_prompts(prompts)
+    if dry_run:
+        return _announce(screen, find(model), target, options, prompts)
+    screen.kept_in = target.with_name(target.name + ".measuring")
+    done = library.transform(
+        model,
+        target,
+        options=options,
+        prompts=prompts,
+        dtype=dtype,
+        dump_dir=dump_dir,
+        force=force,
+        progress=screen.progress(),
+    )
+    return _report(screen, done)
+
+
+def _options(budget: float | None, settings: dict[str, Any]) -> CalibrateOptions:
+    from fluxc.calibrate.options import CalibrateOptions
+
+    asked = settings if budget is None else {**settings, "budget": budget}
+    return CalibrateOptions.from_dict(asked)
+
+
+def _check_prompts(prompts: Path) -> None:
+    """A bad line is found before the model is loaded."""
+    from fluxc.data import read_jsonl
+
+    read_jsonl(prompts)
+
+
+def _announce(
+    screen: Screen, found: dict[str, Any], target: Path, options: CalibrateOptions, prompts: Path | None
+) -> None:
+    from fluxc.calibrate.options import EFFORTS
+
+    effort = EFFORTS[options.effort]
+    screen.show(
+        f"would capture {found['name']} ({found['kind']}), calibrate it to budget {options.budget:g} "
+        f"(Ω {1 - options.budget:g}) and write {target}",
+        f"effort {options.effort}: at most {effort.measured} prompts measured, {effort.heldout} held out; "
+        f"gives up: {effort.gives_up}",
+    )
+    plain = {"dry_run": True, "model": found, "output": str(target), "options": options.to_dict()}
+    screen.result({**plain, "prompts": str(prompts) if prompts else None})
+
+
+def _report(screen: Screen, done: Transformed) -> None:
+    screen.show(*verified_lines(done.plan, done.report))
+    screen.show(f"wrote {done.path} in {done.report['seconds']:.0f} s; next: fluxc run {done.path} --prompt-file FILE")
+    screen.result({"output": str(done.path), "plan": done.plan.to_dict(), "report": done.report})
