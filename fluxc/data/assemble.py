@@ -22,7 +22,7 @@ def assemble(rng: random.Random, task: str, draft: Draft, hay: str, within: Span
     if draft.needed:
         spans = (_find(draft.question, draft.needed, start),)
     return Prompt(
-        task=task, text=text, answer=draft.answer, chat=True, prefix=draft.prefix, facts=spans, question=start
+        task=task, text=text, answer=draft.answer, chat=draft.chat, prefix=draft.prefix, facts=spans, question=start
     )
 
 

@@ -25,6 +25,8 @@ class Draft:
     intro: str = ""
     facts: tuple[Fact, ...] = ()
     """In the order in which they must appear."""
+    chat: bool = True
+    """Whether a user would send it as a message; else it is a text to be continued."""
     needed: str = ""
     """For local tasks: the part of the question that holds the answer."""
 

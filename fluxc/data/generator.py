@@ -10,9 +10,9 @@ from typing import Any
 from fluxc.data import local, retrieval
 from fluxc.data.assemble import assemble
 from fluxc.data.draft import Maker
-from fluxc.data.haystack import Haystacks
+from fluxc.data.haystack import Hay, take
 from fluxc.data.prompt import RETRIEVAL, SPLITS, TASKS, TEXT, Prompt, Span, TokenizedPrompt
-from fluxc.data.tokenizing import encode, tokenize
+from fluxc.data.tokenizing import tokenize
 from fluxc.data.validity import minimum_length, validate
 from fluxc.errors import DataError
 
@@ -65,12 +65,11 @@ def generate(
     Raises DataError for an unknown task or split, or when a length leaves no room for a valid prompt.
     """
     _check(tasks, lengths, split, sink, window)
-    haystacks = Haystacks(tokenizer, split)
     prompts = []
     for index in range(count):
         task, length = tasks[index % len(tasks)], lengths[index // len(tasks) % len(lengths)]
         cell = _Cell(task, length, split, sink, window, f"{seed}/{split}/{index}/{task}/{length}", seed)
-        prompts.append(_build(cell, tokenizer, haystacks, chat))
+        prompts.append(_build(cell, tokenizer, chat))
     return prompts
 
 
@@ -92,20 +91,16 @@ def _check(tasks: Sequence[str], lengths: Sequence[int], split: str, sink: int, 
         )
 
 
-def _build(cell: _Cell, tokenizer: Any, haystacks: Haystacks, chat: bool) -> TokenizedPrompt:
+def _build(cell: _Cell, tokenizer: Any, chat: bool) -> TokenizedPrompt:
     """Build, count, and build again with a corrected haystack until the length fits and the prompt is valid."""
     wanted, room, why = cell.length, int(TOLERANCE * cell.length), ""
+    make = _continuation if cell.task in TEXT else _question
     for attempt in range(ATTEMPTS):
-        rng = random.Random(f"{cell.seed}/{attempt}")
-        prompt = (
-            _continuation(cell, rng, haystacks, wanted)
-            if cell.task in TEXT
-            else _question(cell, rng, haystacks, wanted, tokenizer)
-        )
+        prompt = make(cell, random.Random(f"{cell.seed}/{attempt}"), tokenizer, wanted)
         if prompt is None:
             why = "the haystack has no place for its facts"
             continue
-        built = tokenize(prompt, tokenizer, chat)
+        built = tokenize(dataclasses.replace(prompt, seed=cell.number, length=cell.length), tokenizer, chat)
         missing = cell.length - len(built)
         if not 0 <= missing <= room:
             wanted, why = wanted + missing - room // 4, f"it came out {len(built)} tokens long"
@@ -113,26 +108,26 @@ def _build(cell: _Cell, tokenizer: Any, haystacks: Haystacks, chat: bool) -> Tok
         why = validate(built, cell.sink, cell.window)
         if not why:
             return built
-    raise DataError(f"cannot build a {cell.task} prompt of {cell.length} tokens: {why}", hint="ask for longer prompts")
+    raise DataError(
+        f"no {cell.task} prompt of {cell.length} tokens fits sink {cell.sink} and window {cell.window}: {why}",
+        hint="ask for longer prompts, or for a larger window if the task is local or few-shot",
+    )
 
 
-def _continuation(cell: _Cell, rng: random.Random, haystacks: Haystacks, wanted: int) -> Prompt:
-    text = haystacks.take(rng, cell.task, wanted, one_source=True)
-    scored = min(cell.length // SCORED_SHARE, SCORED_MOST)
-    return Prompt(cell.task, text, scored=scored, seed=cell.number, length=cell.length)
+def _continuation(cell: _Cell, rng: random.Random, tokenizer: Any, wanted: int) -> Prompt:
+    hay = take(rng, tokenizer, cell.split, cell.task, wanted, one_source=True)
+    return Prompt(cell.task, hay.text, scored=min(cell.length // SCORED_SHARE, SCORED_MOST))
 
 
-def _question(cell: _Cell, rng: random.Random, haystacks: Haystacks, wanted: int, tokenizer: Any) -> Prompt | None:
+def _question(cell: _Cell, rng: random.Random, tokenizer: Any, wanted: int) -> Prompt | None:
     # The draft keeps its own stream: only the haystack changes from one attempt to the next.
     draft = MAKERS[cell.task](random.Random(cell.seed), cell.split)
-    hay = haystacks.take(rng, "prose", wanted)
-    prompt = assemble(rng, cell.task, draft, hay, _reach(hay, cell, tokenizer))
-    return prompt and dataclasses.replace(prompt, seed=cell.number, length=cell.length)
+    hay = take(rng, tokenizer, cell.split, "prose", wanted)
+    return assemble(rng, cell.task, draft, hay.text, _reach(hay, cell))
 
 
-def _reach(hay: str, cell: _Cell, tokenizer: Any) -> Span:
+def _reach(hay: Hay, cell: _Cell) -> Span:
     """Characters of the haystack past the sink and before the window of what follows the haystack."""
-    starts = encode(hay, tokenizer).starts
     # One token more on each side: a fact's first and last token may swallow a neighbour.
-    first, last = cell.sink + 1, len(starts) - cell.window - 1
-    return (starts[first], starts[last]) if first < last else (0, -1)
+    first, last = cell.sink + 1, len(hay.starts) - cell.window - 1
+    return (hay.starts[first], hay.starts[last]) if first < last else (0, -1)

@@ -12,55 +12,52 @@ from fluxc.data.tokenizing import encode
 from fluxc.errors import DataError
 
 PARAGRAPH = re.compile(r"\n\n+(?=\S)")
+CHARACTERS = 5
+"""More characters than a token usually has."""
 BREAKS = (PARAGRAPH, re.compile(r"(?<=[.!?;:])\s+(?=\S)"), re.compile(r"\s+(?=\S)"))
 """Places where a sentence may be put into a text, best first."""
 
 
-class _Cut(NamedTuple):
+class Hay(NamedTuple):
+    """A stretch of corpus text and the character at which each of its tokens starts."""
+
     text: str
     starts: list[int]
-    """Character at which each token starts."""
-    paragraphs: list[int]
-    """Tokens that start a paragraph."""
 
 
-class Haystacks:
-    """The texts of one split, tokenized piece by piece when first needed and kept for the next prompt."""
+def take(rng: random.Random, tokenizer: Any, split: str, kind: str, tokens: int, *, one_source: bool = False) -> Hay:
+    """About `tokens` tokens of text that start at a paragraph of a random piece and run on into other pieces.
 
-    def __init__(self, tokenizer: Any, split: str) -> None:
-        self._tokenizer = tokenizer
-        self._split = split
-        self._cuts: dict[str, _Cut] = {}
+    With `one_source` all of it comes from one source. Raises DataError when the corpus is too small.
+    """
+    wanted = CHARACTERS * tokens
+    first, *others = _order(rng, split, kind, one_source)
+    text = _from_paragraph(rng, corpus.read(first), wanted)
+    while True:
+        # Only as much as is likely to do: tokenizing whole pieces would take most of the time.
+        starts = encode(text[:wanted], tokenizer).starts
+        if len(starts) > tokens:
+            text = text[: starts[tokens]].rstrip()
+            return Hay(text, starts[:tokens])
+        if len(text) < wanted and not others:
+            raise DataError(f"the packaged {kind} is shorter than {tokens} tokens", hint="ask for shorter prompts")
+        text += "\n\n" + corpus.read(others.pop(0)) if others else ""
+        wanted *= 2
 
-    def take(self, rng: random.Random, kind: str, tokens: int, *, one_source: bool = False) -> str:
-        """About `tokens` tokens of text that start at a paragraph of a random piece and run on into other pieces.
 
-        With `one_source` all of it comes from one source. Raises DataError when the corpus is too small.
-        """
-        text, first = [], True
-        for piece in self._order(rng, kind, one_source):
-            cut = self._cut(piece)
-            start = _start(rng, cut, tokens) if first else 0
-            text.append(_slice(cut, start, tokens))
-            tokens, first = tokens - (len(cut.starts) - start), False
-            if tokens <= 0:
-                return "\n\n".join(text).strip()
-        raise DataError(
-            f"the packaged corpus is {tokens} tokens short of a {kind} prompt", hint="ask for shorter prompts"
-        )
+def _order(rng: random.Random, split: str, kind: str, one_source: bool) -> list[Piece]:
+    found = list(corpus.pieces(kind, split))
+    # Sources differ in size; drawing the source first keeps a big one from filling every haystack.
+    source = rng.choice(sorted({piece.source for piece in found}))
+    rng.shuffle(found)
+    ours = [piece for piece in found if piece.source == source]
+    return ours if one_source else [ours[0], *(piece for piece in found if piece is not ours[0])]
 
-    def _order(self, rng: random.Random, kind: str, one_source: bool) -> list[Piece]:
-        found = list(corpus.pieces(kind, self._split))
-        # Sources differ much in size; drawing the source first keeps a big one from filling every haystack.
-        source = rng.choice(sorted({piece.source for piece in found}))
-        rng.shuffle(found)
-        ours = [piece for piece in found if piece.source == source]
-        return ours if one_source else ours[:1] + [piece for piece in found if piece is not ours[0]]
 
-    def _cut(self, piece: Piece) -> _Cut:
-        if piece.file not in self._cuts:
-            self._cuts[piece.file] = _tokenized(corpus.read(piece), self._tokenizer)
-        return self._cuts[piece.file]
+def _from_paragraph(rng: random.Random, text: str, wanted: int) -> str:
+    """The text from a random paragraph on, early enough for `wanted` characters to follow where it can be."""
+    last = max(len(text) - wanted, 0)
+    return text[rng.choice([0, *(m.end() for m in PARAGRAPH.finditer(text) if m.end() <= last)]) :]
 
 
 def breaks(text: str, low: int, high: int, wanted: int) -> list[int]:
@@ -70,20 +67,3 @@ def breaks(text: str, low: int, high: int, wanted: int) -> list[int]:
         if len(found) >= wanted:
             return found
     return []
-
-
-def _tokenized(text: str, tokenizer: Any) -> _Cut:
-    encoding = encode(text, tokenizer)
-    paragraphs = {encoding.token_at(match.end()) for match in PARAGRAPH.finditer(text)}
-    return _Cut(text, encoding.starts, sorted({0} | paragraphs))
-
-
-def _start(rng: random.Random, cut: _Cut, tokens: int) -> int:
-    """A paragraph's first token, early enough for the piece to hold all the tokens where it can."""
-    last = max(len(cut.starts) - tokens, 0)
-    return rng.choice([token for token in cut.paragraphs if token <= last])
-
-
-def _slice(cut: _Cut, start: int, tokens: int) -> str:
-    end = start + tokens
-    return cut.text[cut.starts[start] : cut.starts[end] if end < len(cut.starts) else None]

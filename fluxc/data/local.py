@@ -36,6 +36,7 @@ def few_shot(rng: random.Random, split: str) -> Draft:
         intro=wordings.intro(rng, split),
         question=f"{rng.choice(LEADS[split])}\n{needed}",
         prefix=shots.line.format(word=word, answer="").rstrip(),
+        chat=False,
         answer=f" {answer}",
         needed=needed,
     )

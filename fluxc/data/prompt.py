@@ -27,7 +27,8 @@ Span = tuple[int, int]
 class Prompt:
     """One prompt as text.
 
-    With `chat` the model sees `chat template(text) + prefix`, else `text + prefix`; `answer` follows and is scored.
+    With `chat` the model sees `chat template(text) + prefix`, else text and prefix, one below the other; `answer`
+    follows and is scored.
     Without an answer the last `scored` tokens of the text are scored (fewer if the text is short).
     """
 

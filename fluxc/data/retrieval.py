@@ -31,7 +31,7 @@ def _numbers(rng: random.Random, split: str, keys: int) -> Draft:
 def kv(rng: random.Random, split: str) -> Draft:
     """A list of keys and 7-digit values in one block, one key asked."""
     wording = rng.choice(wordings.KEY_VALUES[split])
-    pairs = [("_".join(key.split()), number(rng)) for key in word_pairs(rng, split, rng.randint(4, 8))]
+    pairs = [("_".join(key.split()), number(rng)) for key in word_pairs(rng, split, rng.randint(3, 6))]
     asked = rng.choice(pairs)
     lines = [_fact(wording, pair, needed=False).text for pair in pairs]
     block = wording.open + "\n".join(lines) + wording.close
@@ -39,38 +39,32 @@ def kv(rng: random.Random, split: str) -> Draft:
 
 
 def variable_tracking(rng: random.Random, split: str) -> Draft:
-    """A variable whose 7-digit value is that of another one, among unrelated variables."""
+    """A variable whose 7-digit value is that of another one, beside a variable that has nothing to do with them."""
     wording = rng.choice(wordings.VARIABLES[split])
-    source, asked, *others = (pair.split()[1] for pair in word_pairs(rng, split, 3))
+    source, asked, other = (pair.split()[1] for pair in word_pairs(rng, split, 3))
     value = number(rng)
     link = wordings.LINKS[wording].format(key=asked, other=source)
     chain = [_fact(wording, (source, value), needed=True), Fact(link, needed=link)]
-    for other in others:
-        chain.insert(rng.randint(0, len(chain)), _fact(wording, (other, number(rng)), needed=False))
+    chain.insert(rng.randint(0, len(chain)), _fact(wording, (other, number(rng)), needed=False))
     return _asking(rng, split, wording, tuple(chain), asked, value)
 
 
 def multi_hop(rng: random.Random, split: str) -> Draft:
-    """Two persons, their work places and the cities of those; the city of one person is asked."""
+    """Two persons, the places they belong to and the cities of those; the city of one person is asked."""
     wording = rng.choice(wordings.HOPS[split])
-    count = 2
-    names = rng.sample(half(FIRST_NAMES, split), count)
-    cities = rng.sample(half(PLACES, split), count)
-    places = [
-        f"{noun.title()} {rng.choice(COMPANIES).title()}"
-        for noun in (p.split()[1] for p in word_pairs(rng, split, count))
-    ]
+    names, cities = rng.sample(half(FIRST_NAMES, split), 2), rng.sample(half(PLACES, split), 2)
+    places = [f"{pair.split()[1]} {rng.choice(COMPANIES)}".title() for pair in word_pairs(rng, split, 2)]
     facts = []
-    for index, (name, place, city) in enumerate(zip(names, places, cities, strict=True)):
-        sentences = [text.format(name=name, place=place, city=city) for text in (wording.first, wording.second)]
-        facts += [Fact(text, needed=text if index == 0 else "") for text in sentences]
+    for name, place, city in zip(names, places, cities, strict=True):
+        pair = (wording.first.format(name=name, place=place), wording.second.format(place=place, city=city))
+        facts += [Fact(text, needed=text if name == names[0] else "") for text in pair]
     rng.shuffle(facts)
     return Draft(
         intro=wordings.intro(rng, split),
         facts=tuple(facts),
         question=wordings.ask(rng, split, wording.question.format(name=names[0])),
         prefix=wording.prefix.format(name=names[0]),
-        answer=f" {places[0]}. The {places[0]} is in {cities[0]}.",
+        answer=wording.answer.format(place=places[0], city=cities[0]),
     )
 
 

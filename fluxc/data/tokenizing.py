@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from fluxc.data.prompt import Prompt, Span, TokenizedPrompt
 from fluxc.errors import DataError
 
-
 MARK = "@@message@@"
 """Stands in for the message to find where a chat template puts it."""
 
@@ -54,7 +53,7 @@ def tokenize(prompt: Prompt, tokenizer: Any, chat: bool = True) -> TokenizedProm
     Raises DataError when no token is left to condition on, or when the template rewrites the user's text.
     """
     wrap = chat and prompt.chat and has_chat_template(tokenizer)
-    given, shift = _wrapped(prompt, tokenizer) if wrap else (prompt.text + prompt.prefix, 0)
+    given, shift = _wrapped(prompt, tokenizer) if wrap else (_plain(prompt), 0)
     encoding = encode(given + prompt.answer, tokenizer)
     # A chat template writes its own beginning-of-sequence token.
     bos = [] if wrap else _bos(tokenizer)
@@ -70,6 +69,10 @@ def tokenize(prompt: Prompt, tokenizer: Any, chat: bool = True) -> TokenizedProm
         question=None if prompt.question is None else encoding.token_at(prompt.question + shift) + len(bos),
         prompt=prompt,
     )
+
+
+def _plain(prompt: Prompt) -> str:
+    return f"{prompt.text}\n{prompt.prefix}" if prompt.prefix else prompt.text
 
 
 def _wrapped(prompt: Prompt, tokenizer: Any) -> tuple[str, int]:

@@ -82,14 +82,17 @@ KEY_VALUES = {
     ),
 }
 
+# These prefixes ask for a number: after the words of the link itself a small model would repeat the link.
 VARIABLES = {
     CALIBRATION: (
-        Wording("VAR {key} = {value}", "What is the value of VAR {key}?", "VAR {key} ="),
-        Wording("The value of {key} is {value}.", "What is the value of {key}?", "The value of {key} is"),
+        Wording("VAR {key} = {value}", "What is the value of VAR {key}?", "As a number, VAR {key} is"),
+        Wording("The value of {key} is {value}.", "What is the value of {key}?", "As a number, the value of {key} is"),
     ),
     HELDOUT: (
-        Wording("LET {key} = {value}", "What is the value of {key}?", "LET {key} ="),
-        Wording("The amount of {key} is {value}.", "What is the amount of {key}?", "The amount of {key} is"),
+        Wording("LET {key} = {value}", "What is the value of {key}?", "As a number, {key} is"),
+        Wording(
+            "The amount of {key} is {value}.", "What is the amount of {key}?", "As a number, the amount of {key} is"
+        ),
     ),
 }
 
@@ -103,37 +106,49 @@ LINKS = {
 
 
 class Hops(NamedTuple):
-    """Two facts that must be joined to answer."""
+    """Two facts that must be joined to answer. The answer goes through both: the place, then its city."""
 
     first: str
     second: str
     question: str
     prefix: str
+    answer: str
 
 
 HOPS = {
     CALIBRATION: (
         Hops(
-            "{name} works at the {place}.",
-            "The {place} is in {city}.",
-            "Where does {name} work?",
+            "{name} works at the {place} in the city.",
+            "You find the {place} in the city of {city}.",
+            "In which city does {name} work?",
             "{name} works at the",
+            " {place} in the city of {city}",
         ),
         Hops(
-            "{name} manages the {place}.", "The {place} is in {city}.", "What does {name} manage?", "{name} manages the"
+            "{name} is the manager of the {place} in the town.",
+            "There is the {place} in the town of {city}.",
+            "In which town does {name} work as a manager?",
+            "{name} is the manager of the",
+            " {place} in the town of {city}",
         ),
     ),
     HELDOUT: (
         Hops(
-            "{name} studies at the {place}.",
-            "The {place} is in {city}.",
-            "Where does {name} study?",
+            "{name} studies at the {place} in the city.",
+            "People visit the {place} in the city of {city}.",
+            "In which city does {name} study?",
             "{name} studies at the",
+            " {place} in the city of {city}",
         ),
-        Hops("{name} owns the {place}.", "The {place} is in {city}.", "What does {name} own?", "{name} owns the"),
+        Hops(
+            "{name} is the owner of the {place} in the town.",
+            "They built the {place} in the town of {city}.",
+            "In which town is the place that {name} owns?",
+            "{name} is the owner of the",
+            " {place} in the town of {city}",
+        ),
     ),
 }
-"""The answer names the place and then its city, so that both facts are scored."""
 
 LEADS = {
     CALIBRATION: ("Forget the text above.", "The text above does not matter.", "Now something else."),
