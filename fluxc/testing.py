@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from fluxc.kernel_testing import (
+    GRADIENT_FACTOR,
+    TOLERANCES,
+    LargestAllocation,
+    PoisonedMemory,
+    assert_close,
+    gradients,
+    layouts,
+    random_qkv,
+)
 from fluxc.tiny_models import TINY_FAMILIES, tiny_llama, tiny_llama_rope
 from fluxc.toy_decoder import TOY_ROPES, ToyConfig, toy_inputs, toy_module, toy_program, toy_routed_inputs
 
 __all__ = [
+    "GRADIENT_FACTOR",
     "TINY_FAMILIES",
+    "TOLERANCES",
     "TOY_ROPES",
+    "LargestAllocation",
+    "PoisonedMemory",
     "ToyConfig",
+    "assert_close",
+    "gradients",
+    "layouts",
+    "random_qkv",
     "tiny_llama",
     "tiny_llama_rope",
     "toy_inputs",

@@ -6,6 +6,10 @@ captures, loads or runs a program; importing this package alone does not import 
 
 from __future__ import annotations
 
+from fluxc.kernels.density import density
+
+__all__ = ["density", "register"]
+
 
 def register() -> None:
     """Define all ops that have an implementation as `torch.ops.fluxc.*`. Does nothing the second time."""

@@ -96,6 +96,9 @@ def _check_per_request(op: str, call: RowCall) -> None:
     for name in ("prompt_lens", "q_start"):
         x = getattr(call, name)
         _require(x is None or not (x.is_floating_point() or x.dtype == torch.bool), op, name, "must be integer")
+    if call.options.kind == "triangle" and call.prompt_lens is not None:
+        low, high = int(call.prompt_lens.min()), int(call.prompt_lens.max())
+        _require(low >= 0 and high <= rows, op, "prompt_lens", f"must lie in 0..{rows}, found {low}..{high}")
     sink = call.sink_logits
     _require(sink is None or sink.shape == (heads,), op, "sink_logits", f"must be [{heads}], is {_shape(sink)}")
     if call.q_start is not None:
