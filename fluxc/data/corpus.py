@@ -7,7 +7,6 @@ No source stands in both splits, so a held-out prompt shares no document with a 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 from pathlib import Path
@@ -36,9 +35,8 @@ def read(piece: Piece) -> str:
     return (FOLDER / piece.file).read_bytes().decode()
 
 
-@functools.cache
 def hash() -> str:
-    """Hexadecimal SHA-256 over the index and all pieces: recorded in every result that used the corpus."""
+    """Hexadecimal SHA-256 over the index and all pieces; every result that used the corpus records it."""
     digest = hashlib.sha256()
     for name in (INDEX, *sorted(piece.file for piece in _index())):
         content = (FOLDER / name).read_bytes()
@@ -46,6 +44,5 @@ def hash() -> str:
     return digest.hexdigest()
 
 
-@functools.cache
 def _index() -> tuple[Piece, ...]:
     return tuple(Piece(**entry) for entry in json.loads((FOLDER / INDEX).read_text())["pieces"])

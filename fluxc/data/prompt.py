@@ -62,6 +62,11 @@ class TokenizedPrompt:
     prompt: Prompt | None = None
 
     @property
+    def asks(self) -> bool:
+        """Whether there is an answer to be matched exactly; else the scored tokens are the end of a text."""
+        return self.prompt is None or bool(self.prompt.answer)
+
+    @property
     def answer_len(self) -> int:
         """Number of scored tokens."""
         return len(self.input_ids) - self.prompt_len

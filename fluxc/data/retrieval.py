@@ -43,7 +43,7 @@ def variable_tracking(rng: random.Random, split: str) -> Draft:
     wording = rng.choice(wordings.VARIABLES[split])
     source, asked, other = (pair.split()[1] for pair in word_pairs(rng, split, 3))
     value = number(rng)
-    link = wordings.LINKS[wording].format(key=asked, other=source)
+    link = wording.link.format(key=asked, other=source)
     chain = [_fact(wording, (source, value), needed=True), Fact(link, needed=link)]
     chain.insert(rng.randint(0, len(chain)), _fact(wording, (other, number(rng)), needed=False))
     return _asking(rng, split, wording, tuple(chain), asked, value)

@@ -22,6 +22,8 @@ class Wording(NamedTuple):
     """Before a block of facts."""
     close: str = ""
     """After a block of facts."""
+    link: str = ""
+    """How one key gets its value from another."""
 
 
 INTROS = {
@@ -85,24 +87,34 @@ KEY_VALUES = {
 # These prefixes ask for a number: after the words of the link itself a small model would repeat the link.
 VARIABLES = {
     CALIBRATION: (
-        Wording("VAR {key} = {value}", "What is the value of VAR {key}?", "As a number, VAR {key} is"),
-        Wording("The value of {key} is {value}.", "What is the value of {key}?", "As a number, the value of {key} is"),
+        Wording(
+            "VAR {key} = {value}",
+            "What is the value of VAR {key}?",
+            "As a number, VAR {key} is",
+            link="VAR {key} = VAR {other}",
+        ),
+        Wording(
+            "The value of {key} is {value}.",
+            "What is the value of {key}?",
+            "As a number, the value of {key} is",
+            link="The value of {key} is the value of {other}.",
+        ),
     ),
     HELDOUT: (
-        Wording("LET {key} = {value}", "What is the value of {key}?", "As a number, {key} is"),
         Wording(
-            "The amount of {key} is {value}.", "What is the amount of {key}?", "As a number, the amount of {key} is"
+            "LET {key} = {value}",
+            "What is the value of {key}?",
+            "As a number, {key} is",
+            link="LET {key} = {other}",
+        ),
+        Wording(
+            "The amount of {key} is {value}.",
+            "What is the amount of {key}?",
+            "As a number, the amount of {key} is",
+            link="The amount of {key} is the amount of {other}.",
         ),
     ),
 }
-
-LINKS = {
-    VARIABLES[CALIBRATION][0]: "VAR {key} = VAR {other}",
-    VARIABLES[CALIBRATION][1]: "The value of {key} is the value of {other}.",
-    VARIABLES[HELDOUT][0]: "LET {key} = {other}",
-    VARIABLES[HELDOUT][1]: "The amount of {key} is the amount of {other}.",
-}
-"""How one variable gets its value from another, for each wording of VARIABLES."""
 
 
 class Hops(NamedTuple):
