@@ -13,6 +13,7 @@ from fluxc.kernel_testing import (
     random_qkv,
 )
 from fluxc.tiny_models import TINY_FAMILIES, tiny_llama, tiny_llama_rope
+from fluxc.tiny_tokenizer import tiny_tokenizer
 from fluxc.toy_decoder import TOY_ROPES, ToyConfig, toy_inputs, toy_module, toy_program, toy_routed_inputs
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "random_qkv",
     "tiny_llama",
     "tiny_llama_rope",
+    "tiny_tokenizer",
     "toy_inputs",
     "toy_module",
     "toy_program",
