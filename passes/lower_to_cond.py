@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from fluxc import kernels
 from fluxc.ir.graph import Draft, argument, is_call
 from fluxc.ir.pass_base import Note, Pass
+from fluxc.ir.sizes import fix_size
 from fluxc.passes.apply_plan import settings_of
 
 aten = torch.ops.aten
@@ -44,7 +45,7 @@ class LowerToCond(Pass):
         kernels.register()
         nodes = [node for node in draft.graph.nodes if is_call(node, torch.ops.fluxc.routed_attention)]
         if nodes:
-            draft.fix_size(draft.user_input("input_ids"), 0, 1)
+            fix_size(draft, draft.user_input("input_ids"), 0, 1)
         for node in nodes:
             _lower(draft, node)
         return len(nodes)

@@ -8,7 +8,7 @@ is a placeholder, followed by the user inputs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,11 +22,22 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
 from fluxc.errors import InternalError
+from fluxc.ir.nodes import argument, calls, graph_modules, is_call, module_path, runnable, user_inputs, walk_back
+
+__all__ = [  # fmt: skip
+    "Draft",
+    "argument",
+    "calls",
+    "graph_modules",
+    "is_call",
+    "module_path",
+    "runnable",
+    "user_inputs",
+    "walk_back",
+]
 
 
 class Draft:
@@ -130,34 +141,6 @@ class Draft:
         self.module.add_module(name, module)
         return self.graph.get_attr(name)
 
-    def fix_size(self, node: Node, axis: int, size: int) -> None:
-        """Make a symbolic size of an input a constant: in all inputs, all values computed from them, and the ranges."""
-        symbol = node.meta["val"].shape[axis]
-        if not isinstance(symbol, torch.SymInt):
-            return
-        expr = symbol.node.expr
-        self.range_constraints.pop(expr, None)
-        for placeholder in self.placeholders():
-            placeholder.meta["val"] = self._with_size(placeholder.meta["val"], expr, size)
-        values = [placeholder.meta["val"] for placeholder in self.placeholders()]
-        self.module.recompile()
-        FakeTensorProp(self.module, self.fake_mode).propagate_dont_convert_inputs(*values)
-        self._inline_constant_sizes()
-
-    def _with_size(self, val: Any, expr: Any, size: int) -> Any:
-        if not isinstance(val, torch.Tensor) or all(_expr(dim) != expr for dim in val.shape):
-            return val
-        shape = [size if _expr(dim) == expr else dim for dim in val.shape]
-        with self.fake_mode:
-            return torch.empty(shape, dtype=val.dtype, device=val.device)
-
-    def _inline_constant_sizes(self) -> None:
-        for node in list(self.graph.nodes):
-            if node.op == "call_function" and isinstance(node.meta.get("val"), int):
-                for user in list(node.users):
-                    user.args, user.kwargs = map_arg((user.args, user.kwargs), _constant_of(node))
-                self.graph.erase_node(node)
-
     def remove_dead_code(self) -> int:
         """Erase calls whose results nobody uses; mutating ops and inputs stay. Returns how many went."""
         before = len(self.graph.nodes)
@@ -230,84 +213,7 @@ class _Insertion:
                 node.meta["nn_module_stack"] = stack
 
 
-def _expr(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size
-
-
-def _constant_of(size: Node) -> Callable[[Node], Any]:
-    return lambda node: size.meta["val"] if node is size else node
-
-
 def _value_of(node: Node) -> Any:
     if "val" not in node.meta:
         raise InternalError(f"node {node.name} has no fake value")
     return node.meta["val"]
-
-
-def user_inputs(program: ExportedProgram) -> tuple[str, ...]:
-    """Names of the user inputs in order."""
-    return tuple(s.arg.name for s in program.graph_signature.input_specs if s.kind == InputKind.USER_INPUT)
-
-
-def runnable(program: ExportedProgram) -> torch.nn.Module:
-    """The program as an eager module over the same weights, without the exporter's input guards.
-
-    Inputs are positional, in signature order; one output comes back as itself, several as a tuple.
-    """
-    return program.module(check_guards=False)
-
-
-def graph_modules(module: GraphModule) -> Iterator[GraphModule]:
-    """`module` and every graph module nested in it (cond branches), outermost first."""
-    yield module
-    for child in module.children():
-        if isinstance(child, GraphModule):
-            yield from graph_modules(child)
-
-
-def calls(program_or_module: ExportedProgram | GraphModule, target: Any) -> list[Node]:
-    """Nodes that call `target` (an op packet or overload), in graph order, cond branches included."""
-    module = program_or_module if isinstance(program_or_module, GraphModule) else program_or_module.graph_module
-    return [node for gm in graph_modules(module) for node in gm.graph.nodes if is_call(node, target)]
-
-
-def is_call(node: Any, target: Any) -> bool:
-    """Whether `node` is a call of the overload `target`, or of any overload of the packet `target`."""
-    if not isinstance(node, Node) or node.op != "call_function":
-        return False
-    packet = getattr(node.target, "overloadpacket", None)
-    return node.target is target or packet is target
-
-
-def module_path(node: Node) -> str:
-    """Dotted path of the innermost module the node was traced in, "" where it is not known."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()]
-    return paths[-1] if paths else ""
-
-
-def argument(node: Node, name: str, default: Any = None) -> Any:
-    """The value of a fluxc/aten op's argument by its schema name, wherever it was passed."""
-    if name in node.kwargs:
-        return node.kwargs[name]
-    schema: Any = node.target._schema  # type: ignore[union-attr]
-    for index, arg in enumerate(schema.arguments):
-        if arg.name == name:
-            if index < len(node.args):
-                return node.args[index]
-            return arg.default_value if arg.has_default_value() else default
-    raise InternalError(f"{node.target} has no argument {name!r}")
-
-
-def walk_back(node: Node, stop: Callable[[Node], bool]) -> Iterator[Node]:
-    """Every node that `node` depends on, nearest first, not going past nodes for which `stop` holds."""
-    seen: set[Node] = set()
-    queue = [node]
-    while queue:
-        current = queue.pop(0)
-        if current in seen:
-            continue
-        seen.add(current)
-        yield current
-        if not stop(current):
-            queue.extend(current.all_input_nodes)
