@@ -1,4 +1,4 @@
-"""Tiny random models of every family fluxc is tested on: 2 to 6 layers, hidden size 32, vocabulary 97.
+"""Tiny random models of every family fluxc is tested on: 2 layers, hidden size 32, vocabulary 97.
 
 Each function builds one model from its configuration alone (no download, seeded, eval mode, fp32). Every model has at
 least one routable layer. Keyword arguments override fields of the configuration.
@@ -124,16 +124,16 @@ TINY_FAMILIES: dict[str, Callable[..., Any]] = {
     "phi3": _family("phi3"),
     "phi3-longrope": tiny_phi3_longrope,
     "gemma2": _family("gemma2", **_alternating(2, 2), head_dim=8, query_pre_attn_scalar=16),
-    "gemma3": _family("gemma3_text", **_alternating(6, 6), head_dim=8, query_pre_attn_scalar=16),
+    "gemma3": _family("gemma3_text", **_alternating(2, 2), head_dim=8, query_pre_attn_scalar=16),
     "olmo2": _family("olmo2"),
     "granite": _family(
         "granite", attention_multiplier=0.3, logits_scaling=2.0, residual_multiplier=0.7, embedding_multiplier=3.0
     ),
-    "smollm3": _family("smollm3", num_hidden_layers=4, no_rope_layer_interval=4),
+    "smollm3": _family("smollm3", no_rope_layer_interval=2),
     "starcoder2": _family("starcoder2", sliding_window=None),
     "gpt-neox": _family("gpt_neox", **_GPT_NEOX),
     "opt": tiny_opt,
     "gpt2": tiny_gpt2,
-    "cohere2": _family("cohere2", **_alternating(4, 4), logit_scale=0.25),
+    "cohere2": _family("cohere2", **_alternating(2, 2), logit_scale=0.25),
     "gpt-oss": _family("gpt_oss", **_GPT_OSS),
 }

@@ -1,11 +1,10 @@
-"""Pass `drop-no-ops`: erase calls that return their input, and weights that nothing reads.
+"""Pass `drop-no-ops`: erase calls that return their input, and second names of one weight.
 
 1. `slice(x, dim, 0, max)` with step 1: x.
 2. `dropout(x, p, train=False)` and `dropout(x, 0, ...)`: x.
 3. `to.device(x, device, dtype)` where x is on that device already: `to.dtype(x, dtype)`, so that no device is named.
 4. `detach`, `alias`, `lift_fresh_copy` of a constant: x. (Weights are frozen, no program mutates them.)
 5. A weight, buffer or constant that is the same tensor as an earlier one (tied embeddings): the earlier one.
-6. A weight, buffer or constant without users: removed.
 
     before: y = to.device(x, cpu, float32); z = slice(y, 1, 0, 9223372036854775807)
     after:  y = to.dtype(x, float32)
@@ -30,18 +29,16 @@ _ALIASES = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.defaul
 
 @dataclasses.dataclass(frozen=True)
 class DropNoOps(Pass):
-    """Erase identities, dead calls, duplicate and unused weights; counts what it erased or rewrote."""
+    """Erase identities and second names of one weight; counts what it erased or rewrote."""
 
     name: ClassVar[str] = "drop-no-ops"
     runs_after: ClassVar[tuple[str, ...]] = ("inline-regions", "drop-asserts")
 
     def rewrite(self, draft: Draft, notes: list[Note]) -> int:
-        """Calls first, then what they leave without users."""
+        """Weights last: only then are all their users direct."""
         count = sum(_forward_input(draft, node) for node in list(draft.graph.nodes) if _is_identity(node))
         count += sum(_name_no_device(draft, node) for node in list(draft.graph.nodes))
-        count += _merge_tied(draft)
-        count += draft.remove_dead_code()
-        return count + _remove_unused(draft)
+        return count + _merge_tied(draft)
 
 
 def _is_identity(node: Node) -> bool:
@@ -90,8 +87,9 @@ def _merge_tied(draft: Draft) -> int:
     merged = 0
     for node, tensor in _weights(draft):
         known = first.setdefault(_identity(tensor), node)
-        if known is not node and node.users:
+        if known is not node:
             node.replace_all_uses_with(known)
+            draft.remove_input(node)
             merged += 1
     return merged
 
@@ -100,11 +98,3 @@ def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     if tensor.device.type == "meta" or not tensor.numel():
         return (id(tensor),)
     return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-
-
-def _remove_unused(draft: Draft) -> int:
-    """Case 6."""
-    unused = [node for node, _ in _weights(draft) if not node.users]
-    for node in unused:
-        draft.remove_input(node)
-    return len(unused)

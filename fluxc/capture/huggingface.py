@@ -16,15 +16,19 @@ from fluxc.capture.masks import probe_layers
 from fluxc.capture.refuse import refuse_unsupported
 from fluxc.capture.selfcheck import self_check
 from fluxc.capture.trace import trace
-from fluxc.capture.twin import MARKER, model_dtype, reference_twin, trace_twin, weights_of
+from fluxc.capture.twin import MARKER, fp32_twin, model_dtype, reference_twin, trace_twin, weights_of
 from fluxc.errors import CaptureError
 from fluxc.ir.graph import calls
+from fluxc.passes.dead_code import DeadCode
 from fluxc.passes.drop_asserts import DropAsserts
 from fluxc.passes.drop_no_ops import DropNoOps
 from fluxc.passes.group_experts import GroupExperts
 from fluxc.passes.inline_regions import InlineRegions
 from fluxc.passes.place import Place
 from fluxc.passes.set_dtype import SetDtype
+
+# Weights, in elements, up to which a half-precision model is checked in fp32 (8 GB of them).
+_FP32_CHECK_LIMIT = 2_000_000_000
 
 
 def capture_model(model: Any) -> tuple[ExportedProgram, dict[str, Any]]:
@@ -35,18 +39,29 @@ def capture_model(model: Any) -> tuple[ExportedProgram, dict[str, Any]]:
     """
     fluxc.kernels.register()
     refuse_unsupported(model)
-    reference = reference_twin(model)
     context = context_of(model.config)
     layers = probe_layers(reference_twin(model), context)
     program = _bound(_traced(model, context), model)
     _check_attentions(program, [layer.call.layer for layer in layers], type(model).__name__)
     edges = [layer.call.window for layer in layers] + _original_contexts(model.config)
-    return program, self_check(program, reference, context, edges)
+    return program, self_check(*_comparable(program, model), context, edges)
 
 
 def context_of(config: Any) -> int:
     """Positions the model has, in tokens; 0 where its config does not say."""
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 0)
+
+
+def _comparable(program: ExportedProgram, model: Any) -> tuple[ExportedProgram, Any]:
+    """The program and a reference in fp32, where differences mean something; in their own dtype for large models.
+
+    In half precision a mixture of experts may send a token elsewhere after a single rounding.
+    """
+    if model_dtype(model) == torch.float32 or sum(p.numel() for p in model.parameters()) > _FP32_CHECK_LIMIT:
+        return program, reference_twin(model)
+    reference = fp32_twin(model)
+    program = casts.bind(program, weights_of(reference))
+    return SetDtype("float32").apply(program).program, reference
 
 
 def _traced(model: Any, context: int) -> ExportedProgram:
@@ -77,7 +92,8 @@ def _bound(program: ExportedProgram, model: Any) -> ExportedProgram:
     """The program over the real weights, in their dtype and on their device; tied ones once, unused ones gone."""
     device = next(model.parameters()).device
     program = casts.bind(program, weights_of(model))
-    program = DropNoOps().apply(program).program
+    for step in (DropNoOps(), DeadCode()):
+        program = step.apply(program).program
     name = str(model_dtype(model)).removeprefix("torch.")
     program = SetDtype(name).apply(program).program
     return program if device.type == "cpu" else Place(str(device)).apply(program).program

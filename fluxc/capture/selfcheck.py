@@ -12,9 +12,9 @@ from torch.export import ExportedProgram
 from fluxc.errors import SelfCheckError
 from fluxc.ir.graph import runnable
 
-# Largest difference of two logits over the largest logit. fp32: sums in another order; half precision: one rounding
-# step of the format (2^-8, 2^-11) a few layers deep.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Largest difference of two logits over the largest logit. fp32: sums in another order; half precision (only models too
+# large for an fp32 copy): rounding steps of the format (2^-8, 2^-11), many layers deep.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 LENGTHS = (1, 7, 33)
 # Windows and original contexts up to this many tokens are crossed by one more length.
 _CROSSABLE = 512
@@ -42,14 +42,14 @@ def cases(context: int, edges: list[int]) -> list[Case]:
 
 
 def self_check(program: ExportedProgram, reference: Any, context: int, edges: list[int]) -> dict[str, Any]:
-    """Compare on random tokens; returns {"lengths", "max_error", "tolerance"}.
+    """Compare on random tokens; returns {"lengths", "max_error", "tolerance", "dtype"}.
 
     `reference` is a twin of the source under eager attention. Errors are relative to the largest logit. Raises
     SelfCheckError naming the first length that differs.
     """
     module = runnable(program)
     dtype = next(p.dtype for p in reference.parameters() if p.is_floating_point())
-    tolerance, worst = TOLERANCE.get(dtype, 1e-4), 0.0
+    tolerance, worst, name = TOLERANCE.get(dtype, 1e-4), 0.0, str(dtype).removeprefix("torch.")
     tried = cases(context, edges)
     for case in tried:
         error = _error(module, reference, case)
@@ -59,7 +59,7 @@ def self_check(program: ExportedProgram, reference: Any, context: int, edges: li
                 f"{case.length}, batch {case.batch}, first position {case.start} (tolerance {tolerance:.0e})"
             )
         worst = max(worst, error)
-    return {"lengths": sorted({c.length for c in tried}), "max_error": worst, "tolerance": tolerance}
+    return {"lengths": sorted({c.length for c in tried}), "max_error": worst, "tolerance": tolerance, "dtype": name}
 
 
 def _error(module: torch.nn.Module, reference: Any, case: Case) -> float:

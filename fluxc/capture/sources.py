@@ -59,8 +59,9 @@ def load_model(location: Location) -> Any:
     """
     with quiet_transformers():
         try:
-            refuse_config(_config(location))
-            model, info = _load(location)
+            config = _config(location)
+            refuse_config(config)
+            model, info = _load(location, config)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise SourceError(_reason(location, error), hint=_hint(location)) from error
     missing = sorted(info.get("missing_keys") or ())
@@ -130,7 +131,7 @@ def _config(location: Location) -> Any:
     return config
 
 
-def _load(location: Location) -> tuple[Any, dict[str, Any]]:
+def _load(location: Location, config: Any) -> tuple[Any, dict[str, Any]]:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -139,7 +140,7 @@ def _load(location: Location) -> tuple[Any, dict[str, Any]]:
     if location.file:
         wanted.update(_dequantize())
     return AutoModelForCausalLM.from_pretrained(
-        location.path, attn_implementation="eager", output_loading_info=True, **wanted
+        location.path, config=config, attn_implementation="eager", output_loading_info=True, **wanted
     )
 
 

@@ -23,6 +23,13 @@ def reference_twin(model: Any) -> Any:
     return twin
 
 
+def fp32_twin(model: Any) -> Any:
+    """Like `reference_twin`, over a copy of the weights in fp32."""
+    twin = _twin(model, lambda name, tensor: tensor.detach().float() if tensor.is_floating_point() else tensor)
+    twin.config._attn_implementation = "eager"
+    return twin
+
+
 def trace_twin(model: Any, marker: torch.dtype = MARKER) -> Any:
     """The model with empty weights on the CPU: those that follow the model's dtype are in `marker`."""
     follows = follows_model_dtype(model)
