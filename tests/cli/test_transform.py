@@ -1,0 +1,191 @@
+"""`fluxc transform`: what it writes, resumes and refuses. Prompts are the test's own, short ones."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluxc.calibrate import needs
+from fluxc.capture.api import capture
+from fluxc.cli import main
+from fluxc.cli.bars import Bars
+from fluxc.flux_dir import open_flux
+from fluxc.tiny_folder import CONTEXT, save_tiny_model
+
+QUICK = ("--effort", "quick", "--prompts", "mine.jsonl", "--sink", "4", "--window", "32")
+WORDS = ["moon", "river", "stone", "cloud", "garden", "winter", "table", "number", "letter", "forest"]
+
+
+def prompts(count: int = 12, words: int = 120) -> list[dict[str, str]]:
+    rng = random.Random(0)
+    texts = (" ".join(rng.choice(WORDS) for _ in range(words)) for _ in range(count))
+    return [
+        {"prompt": f"Code {number} is {1000 + number}. {text} What is code {number}?", "answer": f" {1000 + number}"}
+        for number, text in enumerate(texts)
+    ]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A captured tiny model."""
+    base = tmp_path_factory.mktemp("model")
+    capture(save_tiny_model(base / "tiny-llama", layers=2)).save(base / "tiny.pt")
+    return str(base / "tiny.pt")
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory that holds the prompts."""
+    monkeypatch.chdir(tmp_path)
+    write_prompts(prompts())
+    return tmp_path
+
+
+def write_prompts(lines: list[Any]) -> None:
+    Path("mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def left_behind(work: Path) -> list[str]:
+    return sorted(path.name for path in work.iterdir() if path.name != "mine.jsonl")
+
+
+def test_writes_a_calibrated_model(model: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["transform", model, "--budget", "0.5", *QUICK, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert left_behind(work) == ["tiny.flux"]
+    plan = open_flux("tiny.flux").plan
+    assert shown["plan"] == json.loads(plan.to_json())
+    assert plan.budget == 0.5
+    assert {layer.window for layer in plan.layers} <= set(range(1, 33))
+    assert shown["report"]["calibration"]["prompts"]["heldout"] == 4
+
+
+def test_report_says_asked_and_achieved(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["transform", model, "--sparse-ratio", "0.5", *QUICK, "--sparse-kind", "streaming", "-o", "a.flux"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    achieved = open_flux("a.flux").plan.achieved
+    assert "asked    budget 0.50 (Ω 0.50)" in out
+    assert f"achieved budget {achieved['full_share']:.2f}" in out
+    assert "kind     streaming, sink 4, window 32, decode sparse" in out
+    assert "wrote a.flux" in out
+
+
+def test_interrupted_calibration_resumes(
+    model: str, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["transform", model, "--budget", "0.5", *QUICK]
+    with monkeypatch.context() as patch:
+        patch.setattr(Bars, "advance", interrupting(3))
+        assert main(argv) == 130
+    err = capsys.readouterr().err
+    assert err.endswith("interrupted: 3 measurements are kept in tiny.flux.measuring; the same command resumes\n")
+    assert left_behind(work) == ["tiny.flux.measuring"]
+    measured = counting(monkeypatch)
+    assert main([*argv, "-q"]) == 0
+    assert len(measured) == 8 - 3
+    assert left_behind(work) == ["tiny.flux"]
+
+
+def interrupting(after: int) -> Callable[..., None]:
+    """An `advance` that is a user's Ctrl-C at its call number `after`."""
+    left = iter(range(after - 1, -1, -1))
+
+    def advance(self: Bars, steps: int = 1) -> None:
+        if next(left) == 0:
+            raise KeyboardInterrupt
+
+    return advance
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The prompts that are measured from now on, not read from the cache."""
+    measured: list[Any] = []
+    measure = needs._measure
+    monkeypatch.setattr(needs, "_measure", lambda *args: measured.append(args[-1]) or measure(*args))
+    return measured
+
+
+def test_same_seed_same_plan(model: str) -> None:
+    for name in ("a.flux", "b.flux"):
+        assert main(["transform", model, "--budget", "0.5", *QUICK, "-o", name, "-q"]) == 0
+    assert open_flux("a.flux").plan.digest() == open_flux("b.flux").plan.digest()
+
+
+def test_dry_run_writes_nothing(model: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["transform", model, "--budget", "0.3", *QUICK, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "calibrate it to budget 0.3 (Ω 0.7) and write tiny.flux" in out
+    assert left_behind(work) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--budget", "1.2"], "--budget 1.2 is outside 0..1"),
+        (["--sparse-ratio", "-1"], "--sparse-ratio -1 is outside 0..1"),
+        (["--budget", "0.4", "--sparse-ratio", "0.6"], "say the same thing"),
+        (["--budget", "half"], "'half' is not a valid float"),
+        (["--effort", "heroic"], "unknown effort 'heroic'; choose one of quick, normal, thorough"),
+        (["--sparse-kind", "magic"], "unknown sparse kind 'magic'"),
+        (["--decode", "both"], "unknown decode 'both'"),
+        (["--window", "0"], "window is 0"),
+        (["--sink", "-1"], "sink is -1"),
+        (["--prompts", "none.jsonl"], "cannot read none.jsonl"),
+    ],
+)
+def test_bad_options(model: str, work: Path, argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(["transform", model, *argv], said, work, capsys)
+
+
+def test_a_window_too_large_for_the_context(model: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(["transform", model, "--window", str(CONTEXT)], "too large for a context of 4096 tokens", work, capsys)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": "a"', "mine.jsonl, line 13: not valid JSON"),
+        ('["prompt"]', "mine.jsonl, line 13"),
+        ('{"answer": "a"}', "mine.jsonl, line 13"),
+        ('{"prompt": 3}', "mine.jsonl, line 13"),
+    ],
+)
+def test_a_bad_prompt_line(model: str, work: Path, line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with Path("mine.jsonl").open("a") as file:
+        file.write(line + "\n")
+    refused(["transform", model, *QUICK], said, work, capsys)
+
+
+def test_a_prompt_longer_than_the_context(model: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_prompts([*prompts(), *prompts(1, words=CONTEXT)])
+    refused(["transform", model, *QUICK], "mine.jsonl, line 13: the prompt and its answer have", work, capsys)
+
+
+def test_too_few_prompts(model: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_prompts(prompts(3))
+    refused(["transform", model, *QUICK], "mine.jsonl holds 3 prompts", work, capsys)
+
+
+def test_an_output_that_exists(model: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("tiny.flux").mkdir()
+    Path("tiny.flux/precious").touch()
+    refused(["transform", model, *QUICK], "tiny.flux already exists; give --force", work, capsys, ["tiny.flux"])
+    refused(["transform", model, *QUICK, "--force"], "was not written by fluxc", work, capsys, ["tiny.flux"])
+    assert Path("tiny.flux/precious").exists()
+
+
+def refused(
+    argv: list[str], said: str, work: Path, capsys: pytest.CaptureFixture[str], before: list[str] | None = None
+) -> None:
+    """The command line ends with exit code 2, one line, and no trace in the working directory."""
+    assert main([*argv, "-q"]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert left_behind(work) == (before or [])
