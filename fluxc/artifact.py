@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ from fluxc.flux_dir import PLAN, ROUTERS, FluxDir, graph_file, open_flux
 from fluxc.ir.graph import argument, calls
 from fluxc.manifest import FileEntry, Manifest
 from fluxc.model_info import ModelInfo
+from fluxc.passes.apply_plan import ApplyPlan, settings_of
 from fluxc.plan import Plan
 from fluxc.preflight import check_space, check_target
 from fluxc.router import PREFIX, router_state
 from fluxc.weight_files import (
     SHARD_BYTES,
     bytes_of,
+    linked_entries,
     split_aliases,
     weights_digest,
     write_shards,
@@ -57,35 +59,46 @@ def write_flux(
     measurements: Contents | None = None,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    link: Sequence[str | Path] = (),
 ) -> FluxDir:
     """Write a model.flux directory, whole or not at all, and open it.
 
-    Raises PlanError for a plan of another model, OutputExistsError, and StorageError (also when the disk is too small,
-    before anything is written).
+    `link`: safetensors files of the source. Tensors whose bytes stand in one of them are not copied: the directory
+    refers to the file by path and hash, and needs it as long as it lives.
+
+    Raises PlanError for a plan of another model, OutputExistsError, StorageError (also when the disk is too small,
+    before anything is written), and ArchiveError for a link that cannot be read.
     """
     target = Path(path)
-    preflight(target, captured, force)
+    preflight(target, captured, force, needs_weights=not link)
     plan.check_model(ModelInfo.of(captured, meta, weights_digest(captured.state_dict)))
     _check_settings(routed, plan)
     with atomic_directory(target, force) as root:
         tensors, aliases = split_aliases(_backbone(captured, routed))
-        entries = write_shards(tensors, root, "weights", shard_bytes)
+        linked = linked_entries(tensors, link)
+        own = {name: tensor for name, tensor in tensors.items() if name not in linked}
+        entries = linked | write_shards(own, root, "weights", shard_bytes)
         routers = write_tensors(router_state(routed), root, ROUTERS)
         _write_graphs(root, {"captured": captured, "routed": routed})
         _write_texts(root, {PLAN: plan.to_json()})
         _write_texts(root / "tokenizer", tokenizer_files or {})
         _write_texts(root / "measurements", measurements or {})
         files = {str(file.relative_to(root)): FileEntry.of(file) for file in sorted(root.rglob("*")) if file.is_file()}
-        made = Manifest(files, entries, aliases, routers, plan.digest(), meta, versions())
+        links = {file: FileEntry.of(Path(file)) for file in {entry.file for entry in linked.values()}}
+        made = Manifest(files, entries, aliases, routers, plan.digest(), meta, versions(), links)
         _write_texts(root, {manifest.NAME: made.to_json()})
     return open_flux(target)
 
 
-def preflight(path: str | Path, captured: ExportedProgram, force: bool = False) -> None:
-    """What can be known to fail before calibration: an output that exists, a disk that is too small."""
+def preflight(path: str | Path, captured: ExportedProgram, force: bool = False, needs_weights: bool = True) -> None:
+    """What can be known to fail before calibration: an output that exists, a disk that is too small.
+
+    `needs_weights` False: the weights are linked, not written.
+    """
     target = Path(path)
     check_target(target, manifest.NAME, force)
-    check_space(target, bytes_of(split_aliases(captured.state_dict)[0].values()) + _SMALL_FILES_BYTES)
+    weights = bytes_of(split_aliases(captured.state_dict)[0].values()) if needs_weights else 0
+    check_space(target, weights + _SMALL_FILES_BYTES)
 
 
 def _backbone(captured: ExportedProgram, routed: ExportedProgram) -> dict[str, Tensor]:
@@ -98,11 +111,10 @@ def _backbone(captured: ExportedProgram, routed: ExportedProgram) -> dict[str, T
 
 
 def _check_settings(routed: ExportedProgram, plan: Plan) -> None:
-    nodes = {argument(node, "layer"): node for node in calls(routed, torch.ops.fluxc.routed_attention)}
-    wanted = plan.settings()
-    found = {layer: {name: argument(node, name) for name in wanted.get(layer, {})} for layer, node in nodes.items()}
+    nodes = calls(routed, torch.ops.fluxc.routed_attention)
+    found = {argument(node, "layer"): settings_of(node) for node in nodes}
     pools = {argument(node, "pool") for node in calls(routed, torch.ops.fluxc.router_pool)}
-    if found != wanted or pools != {plan.pool}:
+    if found != ApplyPlan.of(plan).layers or pools != {plan.pool}:
         raise InternalError("the routed program has other kinds or sizes than the plan")
 
 
@@ -139,7 +151,7 @@ def update_flux(
     flux = open_flux(path, verify_weights=False)
     plan = plan or flux.plan
     plan.check_model(flux.plan.model)
-    if (plan.pool, plan.settings()) != (flux.plan.pool, flux.plan.settings()):
+    if plan.pool != flux.plan.pool or ApplyPlan.of(plan) != ApplyPlan.of(flux.plan):
         raise PlanError(f"the plan has other kinds or sizes than the graph in {path}", hint="transform the model again")
     with pending.changes(flux.path) as change:
         change.write(PLAN, plan.to_json())

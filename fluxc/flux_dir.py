@@ -105,7 +105,7 @@ def open_flux(path: str | Path, verify_weights: bool = True) -> FluxDir:
         raise ArchiveError(f"{root} {what}", hint="fluxc transform MODEL writes one")
     pending.finish(root)
     found = Manifest.load(root / manifest.NAME)
-    found.verify(root, (name for name in found.files if verify_weights or not name.startswith("weights/")))
+    found.verify(root, verify_weights)
     plan = Plan.load(root / PLAN)
     if plan.digest() != found.plan:
         raise ArchiveError(f"{root / PLAN} is not the plan the manifest was written for")

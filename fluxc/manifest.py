@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -39,7 +39,8 @@ class Manifest:
 
     `files` by path relative to the directory; `tensors` and `aliases` the weights by name in the programs (an alias
     shares the tensor of another name); `routers` the routers' tensors; `plan` the plan's digest; `meta` what capture
-    knew of the source; `versions` the tools that wrote it.
+    knew of the source; `versions` the tools that wrote it; `links` safetensors files of the source, by absolute path,
+    that hold tensors in place of files of the directory.
     """
 
     files: dict[str, FileEntry]
@@ -49,6 +50,7 @@ class Manifest:
     plan: str
     meta: dict[str, Any]
     versions: dict[str, str]
+    links: dict[str, FileEntry]
     format: int = FORMAT
 
     def to_json(self) -> str:
@@ -64,23 +66,30 @@ class Manifest:
         manifest = dataclasses.replace(
             manifest,
             files=_entries(FileEntry, manifest.files, path),
+            links=_entries(FileEntry, manifest.links, path),
             tensors=_entries(TensorEntry, manifest.tensors, path),
             routers=_entries(TensorEntry, manifest.routers, path),
         )
         _check_paths(manifest, path)
         return manifest
 
-    def verify(self, root: Path, names: Iterable[str] | None = None) -> None:
-        """Compare files (default: all) with their hashes; raises ArchiveError naming the first damaged or missing."""
-        for name in self.files if names is None else names:
-            _verify_file(root / name, self.files[name])
+    def verify(self, root: Path, weights: bool = True) -> None:
+        """Compare files with their hashes (`weights` False: not those of the backbone, which are large).
+
+        Raises ArchiveError naming the first that is damaged, missing, or changed since it was linked.
+        """
+        for name, entry in self.files.items():
+            if weights or not name.startswith("weights/"):
+                _verify_file(root / name, entry, "copy the directory again, or transform the model again")
+        for name, entry in self.links.items() if weights else ():
+            _verify_file(Path(name), entry, f"{root} was made with links to it: transform the model again")
 
 
-def _verify_file(path: Path, entry: FileEntry) -> None:
+def _verify_file(path: Path, entry: FileEntry, hint: str) -> None:
     if not path.is_file():
-        raise ArchiveError(f"{path} is missing", hint="copy the directory again, or transform the model again")
+        raise ArchiveError(f"{path} is missing", hint=hint)
     if path.stat().st_size != entry.bytes or FileEntry.of(path) != entry:
-        raise ArchiveError(f"{path} is damaged: its SHA-256 is not the manifest's", hint="copy the directory again")
+        raise ArchiveError(f"{path} is damaged: its SHA-256 is not the manifest's", hint=hint)
 
 
 def _check_format(values: Any, path: Path) -> None:
@@ -97,9 +106,9 @@ def _entries(cls: type[Any], values: Mapping[str, Any], path: Path) -> dict[str,
 
 def _check_paths(manifest: Manifest, path: Path) -> None:
     entries = (*manifest.tensors.values(), *manifest.routers.values())
-    for name in (*manifest.files, *(entry.file for entry in entries)):
+    for name in manifest.files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ArchiveError(f"{path} names {name!r}, which is outside the directory")
-    unlisted = [entry.file for entry in entries if entry.file not in manifest.files]
+    unlisted = [entry.file for entry in entries if entry.file not in manifest.files | manifest.links]
     if unlisted:
         raise ArchiveError(f"{path} has no hash for {unlisted[0]!r}")

@@ -139,12 +139,6 @@ class Plan:
             return self
         return dataclasses.replace(self, budget=budget, achieved=achieved or {})
 
-    def settings(self) -> dict[int, dict[str, Any]]:
-        """The sparse attributes of each routable layer's `routed_attention` node, by layer index."""
-        decode = {"decode_full": self.decode == "full"}
-        names = ("kind", "sink", "window", "last")
-        return {layer.layer: {name: getattr(layer, name) for name in names} | decode for layer in self.layers}
-
     def kv_slots(self, routes: Iterable[Any], seq_len: int) -> dict[int, int]:
         """KV slots of one request by attention layer, all attentions of the model. `routes`: bool[L], True is full.
 

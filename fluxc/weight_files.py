@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -61,7 +62,7 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
 
 def tensor_digest(tensor: Tensor) -> list[object]:
     """dtype, shape and SHA-256 of one tensor's bytes."""
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    raw: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return [_dtype_name(tensor), list(tensor.shape), hashlib.sha256(raw).hexdigest()]
 
 
@@ -88,6 +89,26 @@ def write_tensors(tensors: Mapping[str, Tensor], root: Path, file: str) -> dict[
     # safetensors creates files that only their owner may read; other files here follow the folder.
     (root / file).chmod(root.stat().st_mode & 0o666)
     return {name: TensorEntry(file, name, _dtype_name(t), tuple(t.shape)) for name, t in tensors.items()}
+
+
+def linked_entries(tensors: Mapping[str, Tensor], sources: Iterable[str | Path]) -> dict[str, TensorEntry]:
+    """Entries of the tensors whose dtype, shape and bytes stand in one of the safetensors files `sources`.
+
+    Raises ArchiveError for a source that cannot be read.
+    """
+    known = {digest: entry for source in sources for digest, entry in _contents(Path(source).resolve())}
+    found = {name: known.get(str(tensor_digest(tensor))) for name, tensor in tensors.items()} if known else {}
+    return {name: entry for name, entry in found.items() if entry}
+
+
+def _contents(path: Path) -> Iterator[tuple[str, TensorEntry]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
+                tensor = file.get_tensor(name)
+                yield str(tensor_digest(tensor)), TensorEntry(str(path), name, _dtype_name(tensor), tuple(tensor.shape))
+    except (SafetensorError, OSError) as cause:
+        raise ArchiveError(f"{path} is no readable safetensors file: {cause}") from cause
 
 
 def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:

@@ -79,7 +79,7 @@ class Stopwatch(nn.Module):
 def with_stopwatches(program: ExportedProgram, device: str = "cpu") -> tuple[nn.Module, list[Stopwatch]]:
     """The captured program as a module in which every routable attention call is timed, everything else as it is."""
     module: Any = runnable(program)
-    watches = []
+    watches: list[Stopwatch] = []
     for node in list(module.graph.nodes):
         if is_call(node, torch.ops.fluxc.attention) and not argument(node, "window"):
             watch = Stopwatch(node.target, device)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxc import kernels
 from fluxc.errors import DataError, OptionError
-from fluxc.plan import LayerPlan, Plan
+from fluxc.plan import Plan
 from fluxc.progress import SILENT, Progress
 from fluxc.runtime.batch import Batch, Ids
 from fluxc.runtime.clock import Timing, interleaved, seconds_of, with_stopwatches
@@ -70,11 +71,14 @@ def measure_prefill(
     sparse_ratio: float | None = None,
     routes: Routes | None = None,
     budget: float | None = None,
+    guard: bool = False,
     repeats: int = 3,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> PrefillReport:
     """Time one request: dense, routed with forced routes, and routed as the routers choose at `budget`.
+
+    With `guard` a prompt below the crossover runs dense where the routers would choose, as in `prefill`.
 
     `prompt` is token ids, or a length in tokens (random ids). Forced are `routes` (bool [L]), else SA in a share
     `sparse_ratio` of the layers, spread evenly (default: what the budget asks for). Medians of `repeats` interleaved
@@ -85,7 +89,7 @@ def measure_prefill(
     batch = model.batch(random_ids(model, prompt, seed) if isinstance(prompt, int) else prompt)
     if batch.size != 1:
         raise DataError(f"{batch.size} prompts were given; prefill is measured on one")
-    chosen = model.route_bias(batch, budget, None, guard=False)
+    chosen = model.route_bias(batch, budget, None, guard=guard)
     share = 1 - (model.plan.budget if budget is None else budget) if sparse_ratio is None else sparse_ratio
     flags = spread_routes(len(model.plan.layers), share) if routes is None else routes
     forced = forced_bias(flags, len(model.plan.layers), 1).to(model.device)
@@ -100,7 +104,7 @@ def _measured(
 
     def routed(name: str) -> Callable[[], float]:
         def run() -> float:
-            result = model.run_routed(batch, biases[name])
+            result = model.run(batch, biases[name], dense=name == "chosen")
             ratios[name] = result.sparse_ratio
             return result.seconds
 
@@ -152,19 +156,8 @@ def _beside(name: str, ratio: float, seconds: Timing, dense: Timing, inside: Tim
 
 def mean_density(plan: Plan, length: int) -> float:
     """Mean over the routable layers of the share of causal keys that the plan's sparse kind reads in a prefill."""
-    return math.fsum(density(layer, length) for layer in plan.layers) / len(plan.layers)
-
-
-def density(layer: LayerPlan, length: int) -> float:
-    """Share of the causal (query, key) pairs of a prompt of `length` tokens that the layer's sparse kind reads."""
-    sparse_rows = max(0, length - layer.last)
-    short = min(sparse_rows, layer.keys)  # rows that have no more keys than the streaming set anyway
-    pairs = _triangle(short) + (sparse_rows - short) * layer.keys + _triangle(length) - _triangle(sparse_rows)
-    return pairs / _triangle(length)
-
-
-def _triangle(rows: int) -> int:
-    return rows * (rows + 1) // 2
+    shares = [kernels.density(x.kind, length, x.sink, x.window, x.last) for x in plan.layers]
+    return math.fsum(shares) / len(shares)
 
 
 def spread_routes(layers: int, sparse_ratio: float) -> list[bool]:

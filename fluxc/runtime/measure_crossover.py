@@ -32,7 +32,7 @@ def measure_crossover(
     for length in lengths:
         columns.append((length, *_times(model, length, repeats, seed)))
         progress.note(f"{length} tokens: dense {columns[-1][1]:.3f} s, all sparse {columns[-1][3]:.3f} s")
-        found = Lengths(*map(tuple, zip(*columns, strict=True)))  # type: ignore[arg-type]
+        found = Lengths(*map(tuple, zip(*columns, strict=True)))
         if len(columns) > 1 and all(found.pays(at, share) for at in (-1, -2)):
             break
     crossover.write(model.flux.device_file, crossover.key(model.plan, model.device), found)

@@ -39,7 +39,7 @@ class Prefill:
     @property
     def sparse_ratio(self) -> float:
         """Ω: share of the routable layers on SA, mean over the batch."""
-        return 1.0 - float(self.routes.float().mean())
+        return 1.0 - float(self.routes.double().mean())
 
 
 class FluxModel:
@@ -134,9 +134,7 @@ class FluxModel:
                 raise OptionError("the captured program has no routes to force", hint='use program="routed"')
             return self._run_captured(batch)
         bias = self.route_bias(batch, budget, routes, guard=program == "auto")
-        if program == "auto" and bool((bias == math.inf).all()):
-            return self._run_captured(batch)
-        return self.run_routed(batch, bias)
+        return self.run(batch, bias, dense=program == "auto")
 
     def route_bias(self, batch: Batch, budget: float | None, routes: Routes | None, *, guard: bool) -> Tensor:
         """f32[L,B]: forced routes, else the plan's biases at `budget`, with short prompts full if `guard` is set."""
@@ -150,6 +148,12 @@ class FluxModel:
     def generate(self, prompt: Prompt, **options: Any) -> Generation:
         """A greedy answer, recomputing the whole text for each token; see `fluxc.runtime.generate`."""
         return generate(self, prompt, **options)
+
+    def run(self, batch: Batch, bias: Tensor, *, dense: bool) -> Prefill:
+        """The routed program under `bias`, or with `dense` the captured one where all of `bias` says full anyway."""
+        if dense and bool((bias == math.inf).all()):
+            return self._run_captured(batch)
+        return self.run_routed(batch, bias)
 
     @torch.no_grad()
     def run_routed(self, batch: Batch, bias: Tensor) -> Prefill:

@@ -14,7 +14,7 @@ from fluxc.plan import LayerPlan
 from fluxc.runtime import crossover, measure_crossover
 from fluxc.runtime.clock import Timing, interleaved, with_stopwatches
 from fluxc.runtime.crossover import Lengths
-from fluxc.runtime.measure import bound, density, ideal, measure_prefill, spread_routes
+from fluxc.runtime.measure import bound, ideal, mean_density, measure_prefill, spread_routes
 from fluxc.runtime.measure_crossover import grid
 from fluxc.runtime.model import load_flux
 from fluxc.toy_flux import toy_flux
@@ -40,15 +40,13 @@ def test_bound_and_ideal_are_the_formulas_of_the_design():
     assert ideal(10, 6, 0.75, 0.0) == bound(10, 6, 0.75)
 
 
-@pytest.mark.parametrize("length", [1, 2, 5, 6, 7, 40])
-@pytest.mark.parametrize(
-    "layer", [LayerPlan(0, "streaming", 2, 4), LayerPlan(0, "streaming", 0, 1), LayerPlan(0, "triangle", 2, 4, 3)]
-)
-def test_density_counts_the_pairs_of_the_sparse_kind(layer, length):
-    i, j = torch.arange(length)[:, None], torch.arange(length)[None]
-    seen = (j < layer.sink) | (i - j < layer.window) | (i >= length - layer.last)
-    causal = j <= i
-    assert density(layer, length) == pytest.approx((seen & causal).sum().item() / causal.sum().item())
+def test_mean_density_is_over_the_layers_of_the_plan(model):
+    layers = model.plan.layers
+    mixed = dataclasses.replace(model.plan, layers=(layers[0], LayerPlan(2, "triangle", 2, 4, 3)))
+    i, j = torch.arange(40)[:, None], torch.arange(40)[None]
+    seen = [(j < x.sink) | (i - j < x.window) | (i >= 40 - x.last) for x in mixed.layers]
+    want = sum(float(((j <= i) & keys).sum()) for keys in seen) / 2 / (40 * 41 / 2)
+    assert mean_density(mixed, 40) == pytest.approx(want)
 
 
 def test_spread_routes_have_the_share_asked_for():
@@ -106,6 +104,13 @@ def test_given_routes_and_ids_are_measured(model):
     report = measure_prefill(model, list(range(30)), routes=[False, False], repeats=1)
     assert report.length == 30
     assert report.routed[0].sparse_ratio == 1.0
+
+
+def test_the_guard_measures_what_prefill_does(model):
+    report = measure_prefill(model, 20, sparse_ratio=1.0, budget=0.0, guard=True, repeats=1)
+    assert [run.sparse_ratio for run in report.routed] == [1.0, 0.0]
+    report = measure_prefill(model, 20, sparse_ratio=1.0, budget=0.0, repeats=1)
+    assert [run.sparse_ratio for run in report.routed] == [1.0, 1.0]
 
 
 def test_bad_measurements_are_refused(model):
