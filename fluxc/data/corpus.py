@@ -35,6 +35,11 @@ def read(piece: Piece) -> str:
     return (FOLDER / piece.file).read_bytes().decode()
 
 
+def size(piece: Piece) -> int:
+    """Bytes of a piece, without reading it."""
+    return (FOLDER / piece.file).stat().st_size
+
+
 def hash() -> str:
     """Hexadecimal SHA-256 over the index and all pieces; every result that used the corpus records it."""
     digest = hashlib.sha256()

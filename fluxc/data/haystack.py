@@ -31,7 +31,11 @@ def take(rng: random.Random, tokenizer: Any, split: str, kind: str, tokens: int,
     With `one_source` all of it comes from one source. Raises DataError when the corpus is too small.
     """
     wanted = CHARACTERS * tokens
-    first, *others = _order(rng, split, kind, one_source)
+    found = _order(rng, split, kind, one_source)
+    # No token is shorter than a byte: what cannot fit is refused before anything is tokenized.
+    if sum(map(corpus.size, found)) < tokens:
+        raise _too_small(kind, tokens)
+    first, *others = found
     text = _from_paragraph(rng, corpus.read(first), wanted)
     while True:
         # Only as much as is likely to do: tokenizing whole pieces would take most of the time.
@@ -40,9 +44,13 @@ def take(rng: random.Random, tokenizer: Any, split: str, kind: str, tokens: int,
             text = text[: starts[tokens]].rstrip()
             return Hay(text, starts[:tokens])
         if len(text) < wanted and not others:
-            raise DataError(f"the packaged {kind} is shorter than {tokens} tokens", hint="ask for shorter prompts")
+            raise _too_small(kind, tokens)
         text += "\n\n" + corpus.read(others.pop(0)) if others else ""
         wanted *= 2
+
+
+def _too_small(kind: str, tokens: int) -> DataError:
+    return DataError(f"the packaged {kind} is shorter than {tokens} tokens", hint="ask for shorter prompts")
 
 
 def _order(rng: random.Random, split: str, kind: str, one_source: bool) -> list[Piece]:

@@ -5,12 +5,18 @@ from __future__ import annotations
 from fluxc.data.prompt import LOCAL, RETRIEVAL, TokenizedPrompt
 
 ANSWER_ROOM = 48
-"""Tokens kept free for an answer and for the tolerance in length."""
+"""Tokens kept free for an answer."""
+TASK_ROOM = 256
+"""Tokens kept free for the facts, the question and a chat template."""
 
 
 def minimum_length(sink: int, window: int) -> int:
-    """Tokens a retrieval prompt with its answer must have: 2 * (sink + window) and room for the answer."""
-    return (2 * (sink + window) + ANSWER_ROOM) * 50 // 49
+    """Tokens to ask for to get a valid retrieval prompt: 2 * (sink + window) for the prompt, and its answer on top.
+
+    Small windows need room for what stands outside the haystack too. Prompts may come out 2 % shorter than asked for.
+    """
+    reach = sink + window
+    return max(2 * reach + ANSWER_ROOM, reach + TASK_ROOM) * 50 // 49 + 1
 
 
 def validate(prompt: TokenizedPrompt, sink: int, window: int) -> str:
