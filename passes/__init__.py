@@ -1,0 +1,66 @@
+"""The graph passes, one file each, and the order they run in.
+
+Importing this package imports no pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fluxc.ir.pass_base import Pass
+    from fluxc.ir.pipeline import Pipeline
+    from fluxc.ir.sparse import SparseSettings
+
+# The default order, checked against `runs_after` of every pass. A pipeline is a part of it.
+ORDER = (
+    "inline-regions",  # first: what follows looks at one flat graph
+    "drop-asserts",  # before casts are read or changed, which the asserts forbid
+    "group-experts",
+    "drop-no-ops",  # before patterns are matched: nothing then stands between their nodes
+    "canonicalize-attention",  # before positions: masks are made of positions too, and go here
+    "expose-positions",
+    "dead-code",  # also after any other pass
+    "set-dtype",
+    "place",
+    "insert-routers",
+    "route-attention",
+    "apply-plan",
+    "lower-to-cond",  # fixes the batch to 1, so nothing that serves batches comes after it
+    "outline-layers",  # last: its result is a module
+)
+
+
+def route_pipeline(
+    *, pool: int = 100, seed: int = 0, sparse: SparseSettings | None = None, dump_dir: str | Path | None = None
+) -> Pipeline:
+    """From a captured to a routed program: `route_pipeline().run(program, "captured")`.
+
+    `pool`: tokens the routers pool at each end of a prompt. `seed`: of their first weights. `sparse`: settings of all
+    routable layers. `dump_dir`: a folder for numbered dumps.
+    """
+    from fluxc.ir.sparse import SparseSettings
+    from fluxc.passes.dead_code import DeadCode
+    from fluxc.passes.insert_routers import InsertRouters
+    from fluxc.passes.route_attention import RouteAttention
+
+    return watched([InsertRouters(pool, seed), RouteAttention(sparse or SparseSettings()), DeadCode()], dump_dir)
+
+
+def lower_pipeline(*, dump_dir: str | Path | None = None) -> Pipeline:
+    """From a routed to a one-request program with conds: `lower_pipeline().run(program, "routed")`."""
+    from fluxc.passes.dead_code import DeadCode
+    from fluxc.passes.lower_to_cond import LowerToCond
+
+    return watched([LowerToCond(), DeadCode()], dump_dir)
+
+
+def watched(passes: Sequence[Pass], dump_dir: str | Path | None = None) -> Pipeline:
+    """A pipeline that verifies every result, and dumps it where a folder is given."""
+    from fluxc.ir.observers import Dump, Verify
+    from fluxc.ir.pipeline import Pipeline
+
+    # The dump comes first: a program that fails to verify is the one worth reading.
+    return Pipeline(passes, [*([Dump(dump_dir)] if dump_dir else []), Verify()])

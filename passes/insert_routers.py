@@ -37,7 +37,8 @@ class InsertRouters(Pass):
     seed: int = 0  # of the first router weights
 
     name: ClassVar[str] = "insert-routers"
-    runs_after: ClassVar[tuple[str, ...]] = ("normalize", "canonicalize-attention", "expose-positions")
+    # set-dtype first: it would retype the routers, which stay fp32.
+    runs_after: ClassVar[tuple[str, ...]] = ("canonicalize-attention", "expose-positions", "set-dtype")
     stage: ClassVar[str | None] = "scored"
 
     def rewrite(self, draft: Draft, notes: list[Note]) -> int:

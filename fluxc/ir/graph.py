@@ -8,7 +8,6 @@ is a placeholder, followed by the user inputs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from torch.utils import _pytree as pytree
 from fluxc.errors import InternalError
 from fluxc.ir.nodes import argument, calls, graph_modules, is_call, module_path, runnable, user_inputs, walk_back
 
-__all__ = [  # fmt: skip
+__all__ = [
     "Draft",
     "argument",
     "calls",
@@ -44,9 +43,7 @@ class Draft:
     """An editable copy of a program. Weights are shared with the original; the graph and the signature are not."""
 
     def __init__(self, program: ExportedProgram) -> None:
-        graph = copy.deepcopy(program.graph_module.graph)
-        self.module = GraphModule(program.graph_module, graph)
-        self.module.meta.update(program.graph_module.meta)
+        self.module = _copy_module(program.graph_module)
         self.graph: Graph = self.module.graph
         self.input_specs: list[InputSpec] = copy.deepcopy(program.graph_signature.input_specs)
         self.output_specs: list[OutputSpec] = copy.deepcopy(program.graph_signature.output_specs)
@@ -192,6 +189,16 @@ class Draft:
         out_spec = pytree.tree_flatten(0 if count == 1 else tuple(range(count)))[1]
         signature = ModuleCallSignature([], [], in_spec, out_spec, forward_arg_names=names)
         return [ModuleCallEntry(fqn="", signature=signature)]
+
+
+def _copy_module(module: GraphModule) -> GraphModule:
+    """A graph module over the same tensors with a graph of its own, as have the branches nested in it."""
+    copied = GraphModule(module, copy.deepcopy(module.graph))
+    copied.meta.update(module.meta)
+    for name, child in copied.named_children():
+        if isinstance(child, GraphModule):
+            setattr(copied, name, _copy_module(child))
+    return copied
 
 
 class _Insertion:

@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import sympy
 import torch
 from torch.export.exported_program import ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -124,7 +125,13 @@ class _Printer:
         return "?" if val is None else f"{type(val).__name__.removeprefix('Sym').lower()}({self._size(val)})"
 
     def _size(self, size: Any) -> str:
-        return _SYMBOL.sub(lambda match: self._symbol(match[0]), str(size)).replace(" ", "")
+        if not isinstance(size, torch.SymInt):
+            return str(size)
+        expr = size.node.expr
+        # Named before it is printed: terms then stand in an order that does not depend on the trace.
+        names = {symbol: self._symbol(str(symbol)) for symbol in sorted(expr.free_symbols, key=str)}
+        renamed = expr.xreplace({old: sympy.Symbol(new, **old.assumptions0) for old, new in names.items()})
+        return str(renamed).replace(" ", "")
 
     def _symbol(self, symbol: str) -> str:
         taken = sum(name.startswith("d") for name in self._sizes.values())

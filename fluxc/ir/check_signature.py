@@ -1,0 +1,79 @@
+"""Inputs and outputs of each stage: names, order, dtypes, and which sizes are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.export.exported_program import ExportedProgram
+from torch.export.graph_signature import OutputKind
+from torch.fx import Node
+
+from fluxc.ir.nodes import user_inputs
+from fluxc.signature import CAPTURED_INPUTS, CAPTURED_OUTPUTS, ROUTED_INPUTS, ROUTED_OUTPUTS
+
+_SCORED_INPUTS = tuple(name for name in ROUTED_INPUTS if name != "route_bias")
+_NAMES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "captured": (CAPTURED_INPUTS, CAPTURED_OUTPUTS),
+    "scored": (_SCORED_INPUTS, ("logits", "scores")),
+    "routed": (ROUTED_INPUTS, ROUTED_OUTPUTS),
+    "lowered": (ROUTED_INPUTS, ROUTED_OUTPUTS),
+}
+_TYPES: dict[str, tuple[torch.dtype | None, str]] = {
+    "input_ids": (torch.int64, "BS"),
+    "position_ids": (torch.int64, "BS"),
+    "seq_lens": (torch.int64, "B"),
+    "prompt_lens": (torch.int64, "B"),
+    "route_bias": (torch.float32, "LB"),
+    "logits_at": (torch.int64, "BN"),
+    "logits": (None, "BNV"),
+    "routes": (torch.bool, "LB"),
+    "scores": (torch.float32, "LB"),
+}
+
+
+def signature_problems(program: ExportedProgram, stage: str) -> Iterator[str]:
+    """Inputs and outputs that are not those of the stage; sizes that should be free or alike."""
+    inputs, outputs = _NAMES[stage]
+    if user_inputs(program) != inputs:
+        yield f"inputs are {', '.join(user_inputs(program))}, not {', '.join(inputs)}"
+        return
+    changed = [s.arg.name for s in program.graph_signature.output_specs if s.kind != OutputKind.USER_OUTPUT]
+    if changed:
+        yield f"the program writes to its weights or inputs ({', '.join(changed)})"
+    results = program.graph.output_node().args[0]
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    named = [(name, nodes[name]) for name in inputs]
+    if len(results) != len(outputs):  # type: ignore[arg-type]
+        yield f"{len(results)} outputs, not {', '.join(outputs)}"  # type: ignore[arg-type]
+    else:
+        named += list(zip(outputs, results, strict=True))  # type: ignore[arg-type]
+    sizes: dict[str, str] = {}
+    for name, node in named:
+        yield from _type_problems(name, node, sizes)
+    yield from _freedom_problems(nodes, stage)
+
+
+def _type_problems(name: str, node: Node, sizes: dict[str, str]) -> Iterator[str]:
+    dtype, axes = _TYPES[name]
+    val: Any = node.meta.get("val")
+    if not isinstance(val, torch.Tensor) or val.dim() != len(axes):
+        yield f"{name} is not a tensor [{','.join(axes)}]"
+        return
+    if val.dtype != dtype and not (dtype is None and val.is_floating_point()):
+        yield f"{name} is {val.dtype}, not {dtype or 'floating point'}"
+    for axis, size in zip(axes, val.shape, strict=True):
+        if sizes.setdefault(axis, str(size)) != str(size):
+            yield f"{name} has {size} where other inputs and outputs have {axis} = {sizes[axis]}"
+
+
+def _freedom_problems(nodes: dict[str, Node], stage: str) -> Iterator[str]:
+    batch, length = nodes["input_ids"].meta["val"].shape
+    if stage == "lowered" and batch != 1:
+        yield f"the batch is {batch}: a cond takes one decision for all requests, so the batch must be 1"
+    if stage != "lowered" and not isinstance(batch, torch.SymInt):
+        yield f"the batch is fixed at {batch}"
+    for name, size in (("length", length), ("number of logits rows", nodes["logits_at"].meta["val"].shape[1])):
+        if not isinstance(size, torch.SymInt):
+            yield f"the {name} is fixed at {size}"
