@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 
 from fluxc.data.draft import Draft, Fact
 from fluxc.data.haystack import breaks
@@ -32,7 +31,7 @@ def _insert(hay: str, places: list[int], facts: tuple[Fact, ...], shift: int) ->
     for place, fact in zip(places, facts, strict=True):
         before = hay[done:place]
         # A fact gets the white space of its place on both sides: a paragraph of its own between paragraphs.
-        gap = re.search(r"\s*\Z", before).group() or " "  # type: ignore[union-attr]
+        gap = before[len(before.rstrip()) :]
         if fact.needed:
             spans.append(_find(fact.text, fact.needed, length + len(before)))
         parts += [before, fact.text, gap]
