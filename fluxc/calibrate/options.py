@@ -1,0 +1,92 @@
+"""Options of calibration, and what each effort level measures."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fluxc.budget import check_budget
+from fluxc.errors import OptionError
+from fluxc.options import Options
+
+KINDS = ("auto", "streaming", "triangle")
+DECODE = ("sparse", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """What one level of effort spends, and what it gives up against the next."""
+
+    measured: int
+    """Prompts whose needs are measured by forward and backward passes."""
+    points: tuple[float, ...]
+    """Shares of SA at which gradients are taken (fluxc.calibrate.needs)."""
+    pooled: int
+    """Short prompts that only show the routers more pooled queries."""
+    heldout: int
+    """Prompts of the held-out split on which budget and losses are verified."""
+    left_out: int
+    """Measured prompts on which every layer is also left out, one at a time."""
+    lengths: tuple[int, ...]
+    """Prompt lengths, in sixteenths of the shortest valid one."""
+    gives_up: str
+
+
+EFFORTS = {
+    "quick": Effort(9, (0.0, 1.0), 45, 18, 0, (16,), "two gradient points on 9 prompts, no leave-one-out check"),
+    "normal": Effort(13, (0.0, 0.5, 1.0), 72, 27, 1, (16,), "prompts of one length, leave-one-out on one prompt"),
+    "thorough": Effort(45, (0.0, 0.5, 1.0), 180, 54, 6, (16, 24, 32), "nothing"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrateOptions(Options):
+    """How a model is calibrated. Sizes in tokens; None takes the default for the model's context."""
+
+    budget: float = 0.4
+    """Largest mean share of routable layers that run full, 0..1."""
+    sparse_kind: str = "auto"
+    """auto | streaming | triangle."""
+    sink: int | None = None
+    window: int | None = None
+    decode: str = "sparse"
+    """What rows after the prompt see on a sparse layer: sparse (ring KV) | full."""
+    effort: str = "normal"
+    """quick | normal | thorough."""
+    seed: int = 0
+    pool: int = 100
+    """Tokens of the prompt's start and of its end that the router looks at (METHOD section 1)."""
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        _one_of("sparse kind", self.sparse_kind, KINDS)
+        _one_of("decode", self.decode, DECODE)
+        _one_of("effort", self.effort, tuple(EFFORTS))
+        for name, least in (("sink", 0), ("window", 1), ("pool", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise OptionError(f"{name} is {value}", hint=f"it must be at least {least}")
+
+    def sizes(self, context: int) -> tuple[int, int]:
+        """Sink and window: 128 + 2048 for contexts of 32K and more, 64 + 1024 from 8K, else shares of the context.
+
+        Raises OptionError where no valid prompt, twice sink + window long, fits into the context.
+        """
+        if context >= 32768:
+            sink, window = 128, 2048
+        elif context >= 8192:
+            sink, window = 64, 1024
+        else:
+            sink, window = max(1, context // 128), max(1, context // 8)
+        sink = sink if self.sink is None else self.sink
+        window = window if self.window is None else self.window
+        if 2 * (sink + window) > context:
+            raise OptionError(
+                f"sink {sink} and window {window} are too large for a context of {context} tokens",
+                hint="calibration needs prompts of twice their sum: choose a smaller --window",
+            )
+        return sink, window
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise OptionError(f"unknown {name} {value!r}", hint=f"choose one of {', '.join(known)}")

@@ -1,0 +1,67 @@
+"""Running a routed program on one tokenized prompt at a time: losses, routes, scores and exact match."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fluxc.data import TokenizedPrompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One prompt through one program.
+
+    loss: mean negative log-likelihood of the scored tokens, nats. exact: every scored token is the likeliest one.
+    routes bool[L], scores fp32 [L].
+    """
+
+    loss: float
+    exact: bool
+    routes: Tensor
+    scores: Tensor
+
+    @property
+    def full_share(self) -> float:
+        """Share of the routable layers that ran full attention."""
+        return float(self.routes.float().mean())
+
+
+def program_inputs(prompt: TokenizedPrompt, bias: Tensor) -> tuple[Tensor, ...]:
+    """The six inputs of a routed program for one prompt; bias fp32 [L] becomes route_bias [L,1]."""
+    device = bias.device
+    ids = torch.tensor(prompt.input_ids, device=device)[None]
+    length = ids.shape[1]
+    return (
+        ids,
+        torch.arange(length, device=device)[None],
+        torch.tensor([length], device=device),
+        torch.tensor([prompt.prompt_len], device=device),
+        bias[:, None].float(),
+        torch.tensor([prompt.logits_at], device=device),
+    )
+
+
+def answer_loss(logits: Tensor, prompt: TokenizedPrompt) -> Tensor:
+    """Mean negative log-likelihood of the scored tokens. logits [1,N,V] of the rows `prompt.logits_at`."""
+    target = torch.tensor(prompt.answer_ids, device=logits.device)
+    return F.cross_entropy(logits[0].float(), target)
+
+
+@torch.no_grad()
+def run_prompt(module: torch.nn.Module, prompt: TokenizedPrompt, bias: Tensor) -> Outcome:
+    """One forward pass of a runnable routed program under the given bias [L]."""
+    logits, routes, scores = module(*program_inputs(prompt, bias))
+    target = torch.tensor(prompt.answer_ids, device=logits.device)
+    exact = bool((logits[0].argmax(-1) == target).all())
+    return Outcome(float(answer_loss(logits, prompt)), exact, routes[:, 0].cpu(), scores[:, 0].float().cpu())
+
+
+def forced(routes: Sequence[bool] | Tensor) -> Tensor:
+    """The bias [L] that forces these routes whatever the scores are."""
+    return torch.tensor([math.inf if full else -math.inf for full in routes])
