@@ -22,6 +22,7 @@ from fluxc.errors import FluxcError, StorageError
 COMMANDS = {
     "doctor": "fluxc.cli.doctor",
     "capture": "fluxc.cli.capture",
+    "inspect": "fluxc.cli.inspect",
     "transform": "fluxc.cli.transform",
     "run": "fluxc.cli.run",
 }
