@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import resource
@@ -95,7 +96,7 @@ def test_layout_and_manifest(flux):
         "weights/model-00001.safetensors",
     }
     assert values["plan"] == flux.plan.digest()
-    assert values["versions"]["torch"] == torch.__version__
+    assert values["versions"]["torch"] == importlib.metadata.version("torch")
     assert flux.meta == META
 
 

@@ -78,8 +78,8 @@ class FluxModel:
     @functools.cached_property
     def vocabulary(self) -> int:
         """Number of token ids: the last axis of the logits."""
-        logits = next(reversed(self.captured_program.graph.nodes)).args[0][0]
-        return int(logits.meta["val"].shape[-1])
+        output: Any = self.captured_program.graph.output_node()
+        return int(output.args[0][0].meta["val"].shape[-1])
 
     @functools.cached_property
     def captured_program(self) -> ExportedProgram:
