@@ -19,13 +19,18 @@ from torch import Tensor
 
 from fluxc.kernels.row_plan import Segment
 
-CHUNK_ROWS = 256
+# The CPU flash kernel works in blocks of 64 rows from 192 on, of 32 below.
+FOLDED_ROWS = 192
 MIN_CHUNK_ROWS = 32
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows `rows` (absolute), their keys k [Hk,T,D], v [Hk,T,Dv], mask [R,T]; `keys`: the others than the sink."""
+    """Rows `rows` (absolute) with their keys k [Hk,T,D], v [Hk,T,Dv], and mask [G*R,T].
+
+    `keys` says where the keys after the sink lie in the whole. The G query heads of a key/value head stand one after
+    the other as rows (`fold`), so that few tokens still fill the kernel's blocks.
+    """
 
     rows: slice
     keys: slice
@@ -34,13 +39,14 @@ class Chunk:
     mask: Tensor
 
 
-def chunks(band: Segment, k: Tensor, v: Tensor) -> Iterator[Chunk]:
+def chunks(band: Segment, k: Tensor, v: Tensor, groups: int) -> Iterator[Chunk]:
     """Cut a band into chunks; k [Hk,T,D] and v [Hk,T,Dv] are read only. A chunk is valid until the next is asked."""
     sink, window = band.sink, band.window
-    step = chunk_rows(window)
+    step = min(chunk_rows(window, groups), band.end - band.begin)
     first = band.begin - window + 1 - sink
     sides = [(x[:, :sink], x[:, first : band.end].clone(memory_format=torch.contiguous_format)) for x in (k, v)]
-    mask = band_mask(min(step, band.end - band.begin), sink, window, k)
+    mask = band_mask(step, sink, window, k)
+    folded = mask.repeat(groups, 1)
     for begin in range(band.begin, band.end, step):
         end = min(begin + step, band.end)
         at = begin - band.begin
@@ -48,12 +54,24 @@ def chunks(band: Segment, k: Tensor, v: Tensor) -> Iterator[Chunk]:
             copy[:, at : at + sink] = kept
         width = sink + window - 1 + end - begin
         b_k, b_v = (copy[:, at : at + width] for _, copy in sides)
-        yield Chunk(slice(begin, end), slice(begin - window + 1, end), b_k, b_v, mask[: end - begin, :width])
+        if end - begin < step:
+            folded = mask[: end - begin, :width].repeat(groups, 1)
+        yield Chunk(slice(begin, end), slice(begin - window + 1, end), b_k, b_v, folded)
 
 
-def chunk_rows(window: int) -> int:
-    """Rows of a chunk: as many as the kernel likes, few enough that the mask hides little."""
-    return min(CHUNK_ROWS, max(MIN_CHUNK_ROWS, window // 2))
+def fold(x: Tensor) -> Tensor:
+    """[Hk,G,R,..] -> [Hk,1,G*R,..]"""
+    return x.flatten(1, 2).unsqueeze(1)
+
+
+def unfold(x: Tensor, groups: int) -> Tensor:
+    """[Hk,1,G*R,..] -> [Hk,G,R,..]"""
+    return x.squeeze(1).unflatten(1, (groups, -1))
+
+
+def chunk_rows(window: int, groups: int) -> int:
+    """Tokens of a chunk: all heads of a group together fill the kernel's blocks, and the mask hides little."""
+    return max(MIN_CHUNK_ROWS, min(FOLDED_ROWS // groups, window // 2))
 
 
 def band_mask(rows: int, sink: int, window: int, like: Tensor) -> Tensor:

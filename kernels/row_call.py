@@ -68,49 +68,65 @@ class RowCall:
 
 def check(op: str, call: RowCall) -> None:
     """Raise UserError, naming the op, the argument and the limit, if the call breaks the schema's rules."""
-    q, k, v, opt = call.q, call.k, call.v, call.options
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _require(x.dim() == 4, op, name, f"has {x.dim()} axes, not 4")
-        _require(x.dtype == q.dtype, op, name, f"is {x.dtype} but q is {q.dtype}")
-        _require(x.device == q.device, op, name, f"is on {x.device} but q is on {q.device}")
-        _require(x.numel() > 0, op, name, f"is empty: {tuple(x.shape)}")
-    _require(q.dtype in DTYPES, op, "q", f"is {q.dtype}, must be one of {', '.join(map(str, DTYPES))}")
-    _require(k.shape[0] == v.shape[0] == q.shape[0], op, "k, v", f"have another batch than q's {q.shape[0]}")
-    _require(k.shape[:3] == v.shape[:3], op, "v", f"is {tuple(v.shape)}, k is {tuple(k.shape)}")
-    _require(k.shape[3] == q.shape[3], op, "k", f"has width {k.shape[3]}, q has {q.shape[3]}")
-    _require(q.shape[1] % k.shape[1] == 0, op, "q", f"has {q.shape[1]} heads, no multiple of k's {k.shape[1]}")
-    _require(k.shape[2] >= q.shape[2], op, "k", f"has {k.shape[2]} keys for {q.shape[2]} queries")
-    for name in ("sink", "window", "last"):
-        _require(getattr(opt, name) >= 0, op, name, f"is {getattr(opt, name)}, must not be negative")
-    _require(op == "attention" or opt.window > 0, op, "window", "is 0, must be at least 1")
-    _require(opt.softcap >= 0, op, "softcap", f"is {opt.softcap}, must not be negative")
-    _check_per_request(op, call)
+    problem = _tensor_problem(call) or _shape_problem(call) or _option_problem(op, call) or _request_problem(call)
+    if problem:
+        raise UserError(f"fluxc::{op}: {problem}")
 
 
-def _check_per_request(op: str, call: RowCall) -> None:
-    batch, heads, rows, keys = call.q.shape[0], call.q.shape[1], call.q.shape[2], call.k.shape[2]
-    for name in ("route", "prompt_lens", "q_start"):
+def _tensor_problem(call: RowCall) -> str | None:
+    q = call.q
+    for name, x in (("q", q), ("k", call.k), ("v", call.v)):
+        if x.dim() != 4:
+            return f"{name} has {x.dim()} axes, not 4"
+        if x.dtype != q.dtype or x.device != q.device:
+            return f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}"
+        if x.numel() == 0:
+            return f"{name} is empty: {tuple(x.shape)}"
+    return None if q.dtype in DTYPES else f"q is {q.dtype}, must be one of {', '.join(map(str, DTYPES))}"
+
+
+def _shape_problem(call: RowCall) -> str | None:
+    (batch, heads, rows, depth), k, v = call.q.shape, call.k.shape, call.v.shape
+    if k[0] != batch:
+        return f"k has batch {k[0]}, q has {batch}"
+    if k[3] != depth:
+        return f"k has width {k[3]}, q has {depth}"
+    if heads % k[1]:
+        return f"q has {heads} heads, no multiple of k's {k[1]}"
+    if k[2] < rows:
+        return f"k has {k[2]} keys for {rows} queries"
+    return None if v[:3] == k[:3] else f"v is {tuple(v)}, k is {tuple(k)}: only their widths may differ"
+
+
+def _option_problem(op: str, call: RowCall) -> str | None:
+    options = call.options
+    for name in ("sink", "window", "last", "softcap"):
+        if getattr(options, name) < 0:
+            return f"{name} is {getattr(options, name)}, must not be negative"
+    return None if options.window or op == "attention" else "window is 0, must be at least 1"
+
+
+def _request_problem(call: RowCall) -> str | None:
+    batch, heads = call.q.shape[:2]
+    for name, length in (("route", batch), ("prompt_lens", batch), ("q_start", batch), ("sink_logits", heads)):
         x = getattr(call, name)
-        _require(x is None or x.shape == (batch,), op, name, f"must be [{batch}], is {_shape(x)}")
-    _require(call.route is None or call.route.dtype == torch.bool, op, "route", "must be bool")
-    for name in ("prompt_lens", "q_start"):
-        x = getattr(call, name)
-        _require(x is None or not (x.is_floating_point() or x.dtype == torch.bool), op, name, "must be integer")
-    if call.options.kind == "triangle" and call.prompt_lens is not None:
-        low, high = int(call.prompt_lens.min()), int(call.prompt_lens.max())
-        _require(low >= 0 and high <= rows, op, "prompt_lens", f"must lie in 0..{rows}, found {low}..{high}")
-    sink = call.sink_logits
-    _require(sink is None or sink.shape == (heads,), op, "sink_logits", f"must be [{heads}], is {_shape(sink)}")
+        if x is None:
+            continue
+        if x.shape != (length,):
+            return f"{name} must be [{length}], is {tuple(x.shape)}"
+        if name != "sink_logits" and x.dtype != (torch.bool if name == "route" else torch.int64):
+            return f"{name} must be {'bool' if name == 'route' else 'int64'}, is {x.dtype}"
+    return _range_problem(call)
+
+
+def _range_problem(call: RowCall) -> str | None:
+    rows, keys = call.q.shape[2], call.k.shape[2]
     if call.q_start is not None:
         low, high = int(call.q_start.min()), int(call.q_start.max())
-        _require(low >= 0, op, "q_start", f"is {low}, must not be negative")
-        _require(high + rows <= keys, op, "q_start", f"{high} + {rows} queries pass the last of {keys} keys")
-
-
-def _shape(x: Tensor | None) -> tuple[int, ...]:
-    return () if x is None else tuple(x.shape)
-
-
-def _require(holds: bool, op: str, argument: str, reason: str) -> None:
-    if not holds:
-        raise UserError(f"fluxc::{op}: {argument} {reason}")
+        if low < 0 or high + rows > keys:
+            return f"q_start must lie in 0..{keys - rows} for {rows} of {keys} keys, found {low}..{high}"
+    if call.options.kind == "triangle" and call.prompt_lens is not None:
+        low, high = int(call.prompt_lens.min()), int(call.prompt_lens.max())
+        if low < 0 or high > rows:
+            return f"prompt_lens must lie in 0..{rows}, found {low}..{high}"
+    return None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fluxc.kernels.band import chunks
+from fluxc.kernels.band import chunks, fold, unfold
 from fluxc.kernels.explicit import sum_dtype
 from fluxc.kernels.flash_pieces import Scores, flash, flash_backward, merge_
 from fluxc.kernels.row_plan import Segment
@@ -105,11 +105,12 @@ def _full(request: Request, segment: Segment, how: Scores) -> None:
 
 
 def _band(request: Request, segment: Segment, how: Scores) -> None:
-    for chunk in chunks(segment, request.k, request.v):
+    groups = request.q.shape[1]
+    for chunk in chunks(segment, request.k, request.v, groups):
         rows = request.rows(chunk.rows.start, chunk.rows.stop)
-        out, lse = flash(request.q[:, :, rows], chunk.k, chunk.v, how, mask=chunk.mask)
-        request.out[:, :, rows] = out
-        request.lse[:, :, rows] = lse
+        out, lse = flash(fold(request.q[:, :, rows]), chunk.k, chunk.v, how, mask=chunk.mask)
+        request.out[:, :, rows] = unfold(out, groups)
+        request.lse[:, :, rows] = unfold(lse, groups)
 
 
 def _full_backward(
@@ -131,12 +132,12 @@ def _full_backward(
 def _band_backward(
     request: Request, segment: Segment, how: Scores, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
 ) -> None:
-    sink = segment.sink
-    for chunk in chunks(segment, request.k, request.v):
+    sink, groups = segment.sink, request.q.shape[1]
+    for chunk in chunks(segment, request.k, request.v, groups):
         rows = request.rows(chunk.rows.start, chunk.rows.stop)
-        q, out, lse = (x[:, :, rows] for x in (request.q, request.out, request.lse))
-        found = flash_backward(grad[:, :, rows], q, chunk.k, chunk.v, out, lse, how, mask=chunk.mask)
-        dq[:, :, rows] += found[0]
+        b_grad, q, out, lse = (fold(x[:, :, rows]) for x in (grad, request.q, request.out, request.lse))
+        found = flash_backward(b_grad, q, chunk.k, chunk.v, out, lse, how, mask=chunk.mask)
+        dq[:, :, rows] += unfold(found[0], groups)
         for total, part in zip((dk, dv), found[1:], strict=True):
             total[:, :sink] += part[:, :sink]
             total[:, chunk.keys] += part[:, sink:]

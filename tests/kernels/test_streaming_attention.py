@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fluxc import kernels
 from fluxc.errors import UserError
-from fluxc.kernels.band import CHUNK_ROWS
+from fluxc.kernels.band import chunk_rows
 from fluxc.kernels.streaming_attention import op
 from fluxc.kernels.streaming_attention.reference import streaming_attention as reference
 from fluxc.testing import (
@@ -44,10 +44,20 @@ def test_every_size(sink, window):
     agrees(*random_qkv(1, 2, 1, 150, 8), sink=sink, window=window)
 
 
-@pytest.mark.parametrize("extra", [-1, 0, 1, CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 1, 2 * CHUNK_ROWS + 77])
-@pytest.mark.parametrize("window", [255, 512, 513])
-def test_edges_of_chunks(extra, window):
-    agrees(*random_qkv(1, 2, 1, 64 + window + extra, 8), sink=64, window=window)
+@pytest.mark.parametrize("chunks", [0, 1, 2])
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+@pytest.mark.parametrize("window", [255, 512])
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_edges_of_chunks(chunks, extra, window, groups):
+    rows = 64 + window + chunks * chunk_rows(window, groups) + extra
+    agrees(*random_qkv(1, groups, 1, rows, 8), sink=64, window=window)
+
+
+@pytest.mark.parametrize(
+    ("window", "groups", "rows"), [(1, 1, 32), (100, 1, 50), (1024, 1, 192), (1024, 3, 64), (512, 8, 32)]
+)
+def test_a_chunk_fills_the_kernel_but_not_the_mask(window, groups, rows):
+    assert chunk_rows(window, groups) == rows
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

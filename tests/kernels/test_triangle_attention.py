@@ -130,7 +130,7 @@ BAD = {
     "no window": ({"window": 0}, prompts(6, 6), "window is 0"),
     "prompts of another batch": ({}, prompts(6), r"prompt_lens must be \[2\], is \(1,\)"),
     "a prompt longer than the rows": ({}, prompts(6, 7), r"prompt_lens must lie in 0..6, found 6..7"),
-    "prompts not integers": ({}, torch.ones(2), "prompt_lens must be integer"),
+    "prompts not integers": ({}, torch.ones(2), "prompt_lens must be int64"),
 }
 
 
