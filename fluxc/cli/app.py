@@ -24,6 +24,7 @@ COMMANDS = {
     "capture": "fluxc.cli.capture",
     "inspect": "fluxc.cli.inspect",
     "transform": "fluxc.cli.transform",
+    "calibrate": "fluxc.cli.calibrate",
     "run": "fluxc.cli.run",
 }
 

@@ -23,7 +23,7 @@ dtype_option = click.option("--dtype", type=click.Choice(DTYPES), help="Number f
 
 @command(
     "capture",
-    writes=True,
+    makes=True,
     examples="""
     fluxc capture smollm2
     fluxc capture path/to/model-folder -o model.pt

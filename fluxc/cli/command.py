@@ -12,14 +12,21 @@ import click
 
 from fluxc.cli.screen import Screen
 
+_FORCE = click.option("-f", "--force", is_flag=True, help="Replace the output if it exists.")
+_DRY_RUN = click.option(
+    "-n", "--dry-run", is_flag=True, help="Check the input and say what would be done; write nothing."
+)
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-def command(name: str, *, examples: str, writes: bool = False) -> Callable[[Callable[..., None]], click.Command]:
+def command(
+    name: str, *, examples: str, makes: bool = False, edits: bool = False
+) -> Callable[[Callable[..., None]], click.Command]:
     """Make a click command of a function that takes a Screen and the options.
 
-    Adds `--json`, `--quiet` and `--debug`, and for a command that writes also `--force` and `--dry-run`. While the
-    function runs, whatever libraries print on stdout goes to stderr: stdout holds the result alone.
+    Adds `--json`, `--quiet` and `--debug`; `--dry-run` for a command that makes an output or edits one in place, and
+    `--force` for one that makes an output. While the function runs, whatever libraries print on stdout goes to stderr:
+    stdout holds the result alone.
     """
 
     def wrap(function: Callable[..., None]) -> click.Command:
@@ -29,7 +36,7 @@ def command(name: str, *, examples: str, writes: bool = False) -> Callable[[Call
             with contextlib.redirect_stdout(sys.stderr), _interruptible():
                 function(screen, **options)
 
-        _append_options(body, _writing() + _common() if writes else _common())
+        _append_options(body, [*([_FORCE] if makes else []), *([_DRY_RUN] if makes or edits else []), *_common()])
         return click.command(name, epilog=_examples(examples), context_settings=CONTEXT)(body)
 
     return wrap
@@ -61,15 +68,6 @@ def _common() -> list[Callable[..., Any]]:
         _flag("json", "--json", help="Print the result as one JSON object on stdout, and nothing else there."),
         _flag("quiet", "-q", "--quiet", help="No progress and no report."),
         _flag("debug", "--debug", help="Show the traceback of an error."),
-    ]
-
-
-def _writing() -> list[Callable[..., Any]]:
-    return [
-        click.option("-f", "--force", is_flag=True, help="Replace the output if it exists."),
-        click.option(
-            "-n", "--dry-run", is_flag=True, help="Check the input and say what would be done; write nothing."
-        ),
     ]
 
 

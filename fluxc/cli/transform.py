@@ -10,6 +10,7 @@ import click
 from fluxc.cli.budgets import budget_options
 from fluxc.cli.capture import dtype_option, find, model_argument
 from fluxc.cli.command import command
+from fluxc.cli.devices import chosen_device, device_option
 from fluxc.cli.outputs import check_flux
 from fluxc.cli.screen import Screen
 from fluxc.cli.verified import verified_lines
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @command(
     "transform",
-    writes=True,
+    makes=True,
     examples="""
     fluxc transform model.pt --budget 0.4
     fluxc transform smollm2 --budget 0.4 --effort quick
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 @click.option("--prompts", type=click.Path(path_type=Path), help="Your prompts: JSONL with prompt, answer, task.")
 @click.option("--dump-dir", type=click.Path(path_type=Path), help="Write the program after each pass there.")
 @dtype_option
+@device_option
 def transform(
     screen: Screen,
     model: str,
@@ -55,6 +57,7 @@ def transform(
     prompts: Path | None,
     dump_dir: Path | None,
     dtype: str | None,
+    device: str | None,
     force: bool,
     dry_run: bool,
     **settings: Any,
@@ -80,6 +83,7 @@ def transform(
         options=options,
         prompts=prompts,
         dtype=dtype,
+        device=chosen_device(device),
         dump_dir=dump_dir,
         force=force,
         progress=screen.progress(),

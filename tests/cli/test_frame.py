@@ -146,10 +146,15 @@ def test_quiet_leaves_the_answer(run: Run) -> None:
     assert run(say, "-q") == (0, "the answer\n", "a library talks\n")
 
 
-def test_writing_commands_can_be_forced_and_tried(capsys: pytest.CaptureFixture[str]) -> None:
-    def probe(screen: Screen, **options: Any) -> None:
-        screen.result(options)
+@pytest.mark.parametrize(
+    ("role", "options"), [("makes", {"force": True, "dry_run": True}), ("edits", {"dry_run": True})]
+)
+def test_writing_commands_can_be_tried_first(
+    role: str, options: dict[str, bool], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def probe(screen: Screen, **given: Any) -> None:
+        screen.result(given)
 
-    writer = command("probe", examples="fluxc probe", writes=True)(probe)
-    writer.main(["--json", "-f", "-n"], obj=Screen(), standalone_mode=False)
-    assert json.loads(capsys.readouterr().out) == {"force": True, "dry_run": True}
+    writer = command("probe", examples="fluxc probe", **{role: True})(probe)
+    writer.main(["--json", "-n", *(["-f"] if "force" in options else [])], obj=Screen(), standalone_mode=False)
+    assert json.loads(capsys.readouterr().out) == options
