@@ -90,7 +90,7 @@ VARIABLES = {
         Wording(
             "VAR {key} = {value}",
             "What is the value of VAR {key}?",
-            "As a number, VAR {key} is",
+            "As a number, the value of VAR {key} is",
             link="VAR {key} = VAR {other}",
         ),
         Wording(
@@ -104,7 +104,7 @@ VARIABLES = {
         Wording(
             "LET {key} = {value}",
             "What is the value of {key}?",
-            "As a number, {key} is",
+            "As a number, the value of {key} is",
             link="LET {key} = {other}",
         ),
         Wording(
