@@ -2,7 +2,7 @@
 
 1. `slice(x, dim, 0, max)` with step 1: x.
 2. `dropout(x, p, train=False)` and `dropout(x, 0, ...)`: x.
-3. `to.device(x, device, dtype)` where x is on that device already: `to.dtype(x, dtype)`, so that no device is named.
+3. `to` with a device where x is on that device already: `to.dtype(x, dtype)`, so that no device is named.
 4. `detach`, `alias`, `lift_fresh_copy` of a constant: x. (Weights are frozen, no program mutates them.)
 5. A weight, buffer or constant that is the same tensor as an earlier one (tied embeddings): the earlier one.
 
@@ -58,13 +58,14 @@ def _forward_input(draft: Draft, node: Node) -> int:
 
 def _name_no_device(draft: Draft, node: Node) -> int:
     """Case 3."""
-    if not is_call(node, aten.to.device):
+    if not (is_call(node, aten.to.device) or is_call(node, aten.to.dtype_layout)):
         return 0
     source: Any = node.args[0]
-    if source.meta["val"].device != torch.device(argument(node, "device")):
+    value, device, dtype = source.meta["val"], argument(node, "device"), argument(node, "dtype")
+    if device is not None and value.device != torch.device(device):
         return 0
     with draft.inserting_before(node):
-        cast = draft.call(aten.to.dtype, (source, argument(node, "dtype")))
+        cast = draft.call(aten.to.dtype, (source, value.dtype if dtype is None else dtype))
     cast.meta.update({key: value for key, value in node.meta.items() if key != "val"})
     node.replace_all_uses_with(cast)
     draft.graph.erase_node(node)

@@ -51,7 +51,7 @@ def _device(text: str, *, needed: bool) -> torch.device:
         raise OptionError(f"{text!r} is not a device", hint="use cpu, cuda or cuda:N") from error
     if needed and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError(f"this machine has no device {text!r}", hint="`fluxc doctor` lists what it has")
-    return device
+    return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
 
 
 def _rename(node: Node, device: torch.device) -> int:
@@ -71,8 +71,13 @@ def _retarget_value(draft: Draft, node: Node, device: torch.device) -> int:
     if all(t.device == device for t in tensors):
         return 0
     with draft.fake_mode:
-        node.meta["val"] = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), node.meta["val"])
+        node.meta["val"] = pytree.tree_map_only(torch.Tensor, lambda t: _fake_on(t, device), node.meta["val"])
     return 1
+
+
+def _fake_on(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Made anew, because a build without CUDA can describe tensors there, but not move one."""
+    return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
 
 
 def _move_weights(draft: Draft, device: torch.device) -> int:

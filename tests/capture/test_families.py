@@ -91,6 +91,7 @@ def test_normal_form(name: str) -> None:
     assert [argument(node, "layer") for node in attentions] == [0, 1]
     targets = {str(node.target) for node in program.graph.nodes}
     assert not any("wrap_with" in t or "_assert_tensor_metadata" in t or "aten.to.device" in t for t in targets)
+    assert "aten.to.dtype_layout" not in targets
     assert not any(t.startswith("aten.scaled_dot_product") for t in targets)
 
 
