@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import importlib.util
 import subprocess
@@ -205,29 +204,6 @@ def test_refusals_say_why(tokenizer: Any, case: str) -> None:
 def test_a_tokenizer_without_offsets_is_refused() -> None:
     with pytest.raises(DataError, match="does not report where its tokens stand"):
         make(object())
-
-
-def moved(prompt: TokenizedPrompt, start: int) -> TokenizedPrompt:
-    return dataclasses.replace(prompt, facts=((start, start + 10),))
-
-
-def test_validate_names_the_fault(tokenizer: Any) -> None:
-    prompt = make(tokenizer, tasks=["needle"], count=1)[0]
-    assert prompt.question is not None
-    edge = prompt.question - WINDOW - 10 + 1
-    assert validate(moved(prompt, SINK), SINK, WINDOW) == ""
-    assert "inside the sink" in validate(moved(prompt, SINK - 1), SINK, WINDOW)
-    assert validate(moved(prompt, edge), SINK, WINDOW) == ""
-    assert "inside the window" in validate(moved(prompt, edge + 1), SINK, WINDOW)
-    assert "fewer than" in validate(prompt, SINK, len(prompt) // 2)
-    assert "does not say" in validate(dataclasses.replace(prompt, facts=()), SINK, WINDOW)
-
-
-def test_validate_of_a_local_prompt_wants_the_facts_near(tokenizer: Any) -> None:
-    prompt = make(tokenizer, tasks=["local"], count=1)[0]
-    edge = prompt.prompt_len - WINDOW
-    assert validate(moved(prompt, edge), SINK, WINDOW) == ""
-    assert "outside the window" in validate(moved(prompt, edge - 1), SINK, WINDOW)
 
 
 def test_importing_the_package_does_not_import_torch() -> None:
