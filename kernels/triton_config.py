@@ -25,6 +25,8 @@ class Tiles:
     warps: int = 8
     stages: int = 3
     """Key tiles in flight."""
+    wait_last: bool = True
+    """Gluon only: wait for the value product after the exponentials instead of where ptxas puts the wait."""
 
 
 # Head dims are rounded up to a power of two: 80 and 96 use 128. Architectures without an entry use the next lower one.
@@ -37,7 +39,7 @@ TILES: dict[tuple[int, int], Tiles] = {
     (89, 256): Tiles("pointer", rows=64, keys=32, warps=4, stages=1),
     (90, 64): Tiles("gluon", stages=4),
     (90, 128): Tiles("gluon", stages=2),
-    (90, 256): Tiles("tma", rows=128, keys=64, warps=8, stages=2),
+    (90, 256): Tiles("gluon", keys=64, stages=2),
     (100, 64): Tiles("tma", rows=128, keys=128, warps=4, stages=3),
     (100, 128): Tiles("tma", rows=128, keys=64, warps=4, stages=3),
     (100, 256): Tiles("tma", rows=64, keys=64, warps=4, stages=2),
@@ -48,6 +50,7 @@ TILES: dict[tuple[int, int], Tiles] = {
 PLAIN_TMA: dict[int, Tiles] = {
     64: Tiles("tma", rows=128, keys=128, warps=8, stages=3),
     128: Tiles("tma", rows=128, keys=128, warps=8, stages=3),
+    256: Tiles("tma", rows=64, keys=64, warps=4, stages=2),
 }
 """sm_90 where the Gluon kernel cannot serve a call."""
 POINTER_90: dict[int, Tiles] = {
@@ -57,8 +60,32 @@ POINTER_90: dict[int, Tiles] = {
 }
 FULL_PRECISION = Tiles("pointer", rows=64, keys=32, warps=4, stages=1)
 """fp32 operands, on every architecture: correct, not fast."""
-INTERPRETED = Tiles("pointer", rows=32, keys=16, warps=4, stages=1)
+INTERPRETED = Tiles("pointer", rows=16, keys=16, warps=4, stages=1)
 """The Triton interpreter: small tiles, so that short tests cross many tile edges."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardTiles:
+    """How the gradient kernels cut their work: dq owns rows and visits keys, dkv owns keys and visits rows."""
+
+    dq_rows: int = 128
+    dq_keys: int = 64
+    dq_warps: int = 8
+    dq_stages: int = 2
+    dkv_rows: int = 64
+    dkv_keys: int = 128
+    dkv_warps: int = 8
+    dkv_stages: int = 2
+
+
+BACKWARD: dict[int, BackwardTiles] = {
+    64: BackwardTiles(),
+    128: BackwardTiles(),
+    256: BackwardTiles(64, 32, 4, 1, 32, 64, 8, 1),
+}
+"""By head dim, rounded up; the same for every architecture."""
+BACKWARD_FULL_PRECISION = BackwardTiles(32, 32, 4, 1, 32, 32, 4, 1)
+BACKWARD_INTERPRETED = BackwardTiles(16, 16, 4, 1, 16, 16, 4, 1)
 
 
 def padded(width: int) -> int:

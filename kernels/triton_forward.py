@@ -70,16 +70,17 @@ def _visit(acc, m, total, q, tile, k, v, k_base, v_base, k_stride, v_stride, b, 
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def attention_forward(q, k, v, out_ptr, sink_logits_ptr, route_ptr, prompt_ptr, start_ptr, scale, q_batch, q_head,
-                      q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, heads, group, batch_heads, rows, keys,
-                      n_tiles, sink, window, last, D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
+def attention_forward(q, k, v, out_ptr, sink_logits_ptr, route_ptr, prompt_ptr, start_ptr, lse_ptr, scale, q_batch,
+                      q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, heads, group, batch_heads, rows,
+                      keys, n_tiles, sink, window, last, D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
                       WIDTH_V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
                       TMA: tl.constexpr, SPARSE: tl.constexpr, HAS_ROUTE: tl.constexpr, HAS_PROMPT: tl.constexpr,
                       DECODE_FULL: tl.constexpr, HAS_START: tl.constexpr, SINK_LOGITS: tl.constexpr,
-                      SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                      LSE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """q [B,H,S,D], k [B,Hk,T,D], v [B,Hk,T,DV] (descriptors with TMA, else pointers) -> out [B,S,H,DV], contiguous.
 
-    `scale` includes log2(e). The programs of the last rows, which see most keys, are launched first.
+    With LSE also the log-sum-exp of each row, fp32 [B,H,S]. `scale` includes log2(e). The programs of the last rows,
+    which see most keys, are launched first.
     """
     pid = tl.program_id(0)
     row = (n_tiles - 1 - pid // batch_heads) * BM
@@ -118,6 +119,9 @@ def attention_forward(q, k, v, out_ptr, sink_logits_ptr, route_ptr, prompt_ptr, 
                                SOFTCAP, PRECISION)  # fmt: skip
     total = tl.where(total == 0.0, 1.0, total)
     acc = acc / total[:, None]
+    if LSE:
+        lse = lse_ptr + (b * heads + h).to(tl.int64) * rows
+        tl.store(lse + i - start, m / LOG2E + tl.log(total), mask=i - start < rows)
     r = row + tl.arange(0, BM)
     c = tl.arange(0, WIDTH_V)
     n_heads = heads.to(tl.int64)

@@ -43,6 +43,16 @@ class Sizes(NamedTuple):
     last: Any
 
 
+class Inputs(NamedTuple):
+    """Optional tensors of a launch: bytes[B], i64[B], i64[B], [H]; and the log-sum-exp to write, fp32 [B,H,S]."""
+
+    route: Any
+    prompt: Any
+    start: Any
+    sink_logits: Any
+    lse: Any
+
+
 class Memory(NamedTuple):
     """TMA descriptors and the shared-memory buffers they fill: q and out per warpgroup, k and v in rings."""
 
@@ -97,14 +107,17 @@ def _work_item(item, sizes):
 
 
 @gluon.jit
-def _visits(b, row, sizes, route_ptr, prompt_ptr, BN: gl.constexpr, FLAGS: gl.constexpr):
-    """Key tiles of the 128 rows from `row` on, and the dense rows of sample b."""
-    first, stop = gluon_dense_rows(b, route_ptr, prompt_ptr, sizes.last, FLAGS[0], FLAGS[1], FLAGS[2])
-    high = min(row + 2 * ROWS, sizes.rows) - 1
-    head, n_sink, edge, body, diag, end = gluon_tile_ranges(row, high, sizes.keys, sizes.sink, sizes.window, first,
-                                                            stop, BN)  # fmt: skip
+def _visits(b, row, sizes, inputs, BN: gl.constexpr, FLAGS: gl.constexpr):
+    """Key tiles of the 128 rows from `row` on, the dense rows of sample b, and the position of its row 0."""
+    first, stop = gluon_dense_rows(b, inputs.route, inputs.prompt, sizes.last, FLAGS[0], FLAGS[1], FLAGS[2])
+    start = b * 0
+    if FLAGS[3]:
+        start = gl.load(inputs.start + b).to(gl.int32)
+    high = start + min(row + 2 * ROWS, sizes.rows) - 1
+    head, n_sink, edge, body, diag, end = gluon_tile_ranges(start + row, high, sizes.keys, sizes.sink, sizes.window,
+                                                            first, stop, BN)  # fmt: skip
     masked = (end - diag) + (body - edge) + n_sink
-    return Ranges(head, edge, body, diag, end, masked, masked + (diag - body) + head), first, stop
+    return Ranges(head, edge, body, diag, end, masked, masked + (diag - body) + head), first, stop, start
 
 
 @gluon.jit
@@ -147,7 +160,7 @@ def _next_item(turn, memory, bars):
 
 
 @gluon.jit
-def _producer(memory, bars, sizes, route_ptr, prompt_ptr, counter_ptr, BN: gl.constexpr, STAGES: gl.constexpr,
+def _producer(memory, bars, sizes, inputs, counter_ptr, BN: gl.constexpr, STAGES: gl.constexpr,
               FLAGS: gl.constexpr):  # fmt: skip
     """Draw work items, and keep the key and value rings full."""
     item = gl.program_id(0)
@@ -157,7 +170,7 @@ def _producer(memory, bars, sizes, route_ptr, prompt_ptr, counter_ptr, BN: gl.co
         _announce(item, turn, memory, bars)
         b, h, row = _work_item(item, sizes)
         hk = h // sizes.group
-        ranges, _first, _stop = _visits(b, row, sizes, route_ptr, prompt_ptr, BN, FLAGS)
+        ranges, _first, _stop, _start = _visits(b, row, sizes, inputs, BN, FLAGS)
         before = 0
         for step in range(ranges.visits):
             tile = _tile(step, ranges)
@@ -231,11 +244,12 @@ def _values(p, acc, v_buf, stage, D: gl.constexpr):
 
 @gluon.jit
 def _step(acc, p, m, total, n, tile, more, q, lower, upper, sink, scale, memory, bars, MASKED: gl.constexpr,
-          SPARSE: gl.constexpr, SOFTCAP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+          SPARSE: gl.constexpr, SOFTCAP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+          WAIT_LAST: gl.constexpr):  # fmt: skip
     """Key tile n, already loaded: its scores and softmax, beside the value product of key tile n - 1.
 
-    The wait for key tile n + 1 stands before the wait for the value product on purpose: it ends the basic block, and
-    without it ptxas moves that second wait up to the first, ahead of the exponentials.
+    WAIT_LAST puts the wait for key tile n + 1 before the wait for the value product. It ends the basic block; else
+    ptxas moves that second wait up to the first, ahead of the exponentials.
     """
     stage = n % STAGES
     v_stage = (n - 1) % STAGES
@@ -247,34 +261,40 @@ def _step(acc, p, m, total, n, tile, more, q, lower, upper, sink, scale, memory,
     p32, m, alpha = _softmax(s, m, scale, tile, lower, upper, sink, MASKED, SPARSE, SOFTCAP)
     total = total * alpha + gl.sum(p32, axis=1)
     p_next = _operand(p32, p.dtype, D)
-    mbarrier.wait(bars.k_full.index((n + 1) % STAGES), ((n + 1) // STAGES) & 1, pred=more)
+    if WAIT_LAST:
+        mbarrier.wait(bars.k_full.index((n + 1) % STAGES), ((n + 1) // STAGES) & 1, pred=more)
     acc, p, p_next = warpgroup_mma_wait(0, [acc_pending, p, p_next])
     mbarrier.arrive(bars.v_free.index(v_stage), count=1)
+    if not WAIT_LAST:
+        mbarrier.wait(bars.k_full.index((n + 1) % STAGES), ((n + 1) // STAGES) & 1, pred=more)
     return acc * _output_rows(alpha, D), p_next, m, total
 
 
 @gluon.jit
-def _consumer(memory, bars, sizes, route_ptr, prompt_ptr, sink_logits_ptr, scale, WG: gl.constexpr, BN: gl.constexpr,
-              D: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, SINK_LOGITS: gl.constexpr,
-              SOFTCAP: gl.constexpr, FLAGS: gl.constexpr):  # fmt: skip
+def _consumer(memory, bars, sizes, inputs, scale, WG: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
+              STAGES: gl.constexpr, WAIT_LAST: gl.constexpr, SPARSE: gl.constexpr, SOFTCAP: gl.constexpr,
+              FLAGS: gl.constexpr):  # fmt: skip
     """One warpgroup: 64 query rows of each work item."""
     ROW: gl.constexpr = gl.SliceLayout(1, _accumulator(BN))
     dtype: gl.constexpr = memory.o_desc.dtype
     q = memory.q.index(WG).reshape([ROWS, D])
-    out = memory.o.index(WG)
+    # Heads of 256 leave no room for a buffer of their own: the output takes the queries' place.
+    SHARED: gl.constexpr = memory.o is None
+    out = q if SHARED else memory.o.index(WG).reshape([ROWS, D])
     turn = 0
     n = 0
     item = _next_item(turn, memory, bars)
     while item < sizes.items:
         b, h, row = _work_item(item, sizes)
-        ranges, first, stop = _visits(b, row, sizes, route_ptr, prompt_ptr, BN, FLAGS)
-        i = row + WG * ROWS + gl.arange(0, ROWS, layout=ROW)
+        ranges, first, stop, start = _visits(b, row, sizes, inputs, BN, FLAGS)
+        r = row + WG * ROWS + gl.arange(0, ROWS, layout=ROW)
+        i = start + r
         lower = gl.where((i >= first) & (i < stop), 0, i - sizes.window + 1)
         upper = gl.minimum(i, sizes.keys - 1)
         m = gl.full([ROWS], float("-inf"), gl.float32, ROW)
         total = gl.zeros([ROWS], gl.float32, ROW)
-        if SINK_LOGITS:
-            m = gl.full([ROWS], gl.load(sink_logits_ptr + h).to(gl.float32) * LOG2E, gl.float32, ROW)
+        if FLAGS[4]:
+            m = gl.full([ROWS], gl.load(inputs.sink_logits + h).to(gl.float32) * LOG2E, gl.float32, ROW)
             total = total + 1.0
 
         stage = n % STAGES
@@ -291,23 +311,30 @@ def _consumer(memory, bars, sizes, route_ptr, prompt_ptr, sink_logits_ptr, scale
         for step in range(1, ranges.masked):
             acc, p, m, total = _step(acc, p, m, total, n, _tile(step, ranges), step + 1 < ranges.visits, q, lower,
                                      upper, sizes.sink, scale, memory, bars, True, SPARSE, SOFTCAP, D,
-                                     STAGES)  # fmt: skip
+                                     STAGES, WAIT_LAST)  # fmt: skip
             n += 1
         for step in range(max(ranges.masked, 1), ranges.visits):
             acc, p, m, total = _step(acc, p, m, total, n, 0, step + 1 < ranges.visits, q, lower, upper, sizes.sink,
-                                     scale, memory, bars, False, SPARSE, SOFTCAP, D, STAGES)  # fmt: skip
+                                     scale, memory, bars, False, SPARSE, SOFTCAP, D, STAGES, WAIT_LAST)  # fmt: skip
             n += 1
-        mbarrier.arrive(bars.q_free.index(WG), count=1)
+        if not SHARED:
+            mbarrier.arrive(bars.q_free.index(WG), count=1)
         v_stage = (n - 1) % STAGES
         mbarrier.wait(bars.v_full.index(v_stage), ((n - 1) // STAGES) & 1)
         acc = warpgroup_mma_wait(0, [_values(p, acc, memory.v, v_stage, D)])
         mbarrier.arrive(bars.v_free.index(v_stage), count=1)
 
         total = gl.where(total == 0.0, 1.0, total)
+        if FLAGS[5]:
+            lse = inputs.lse + (b * sizes.heads + h).to(gl.int64) * sizes.rows
+            gl.store(lse + r, m / LOG2E + gl.log(total), mask=r < sizes.rows)
         tma.store_wait(0)
-        out.reshape([ROWS, D]).store((acc * _output_rows(1.0 / total, D)).to(dtype))
+        out.store((acc * _output_rows(1.0 / total, D)).to(dtype))
         fence_async_shared()
-        copy_out(memory.o_desc, [b, row + WG * ROWS, h, 0], out)
+        copy_out(memory.o_desc, [b, row + WG * ROWS, h, 0], out.reshape([1, ROWS, 1, D]))
+        if SHARED:
+            tma.store_wait(0)
+            mbarrier.arrive(bars.q_free.index(WG), count=1)
         turn += 1
         item = _next_item(turn, memory, bars)
     tma.store_wait(0)
@@ -322,12 +349,16 @@ def _barriers(n: gl.constexpr, arrivals: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=(*COUNTS, "n_items"))
-def hopper_forward(q_desc, k_desc, v_desc, o_desc, sink_logits_ptr, route_ptr, prompt_ptr, counter_ptr, scale, heads,
-                   group, batch_heads, rows, keys, n_tiles, n_items, sink, window, last, D: gl.constexpr,
-                   BN: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, HAS_ROUTE: gl.constexpr,
-                   HAS_PROMPT: gl.constexpr, DECODE_FULL: gl.constexpr, SINK_LOGITS: gl.constexpr,
+def hopper_forward(q_desc, k_desc, v_desc, o_desc, sink_logits_ptr, route_ptr, prompt_ptr, start_ptr, lse_ptr,
+                   counter_ptr, scale, heads, group, batch_heads, rows, keys, n_tiles, n_items, sink, window, last,
+                   D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, WAIT_LAST: gl.constexpr,
+                   SPARSE: gl.constexpr, HAS_ROUTE: gl.constexpr, HAS_PROMPT: gl.constexpr, DECODE_FULL: gl.constexpr,
+                   HAS_START: gl.constexpr, SINK_LOGITS: gl.constexpr, LSE: gl.constexpr,
                    SOFTCAP: gl.constexpr):  # fmt: skip
     """q [B,H,S,D], k, v [B,Hk,T,D] -> o [B,S,H,D] through TMA descriptors; `scale` includes log2(e)."""
+    o_buf: gl.constexpr = None
+    if D < 256:
+        o_buf = gl.allocate_shared_memory(o_desc.dtype, [2, 1, ROWS, 1, D], o_desc.layout)
     memory = Memory(
         q_desc,
         k_desc,
@@ -336,23 +367,21 @@ def hopper_forward(q_desc, k_desc, v_desc, o_desc, sink_logits_ptr, route_ptr, p
         gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, ROWS, D], q_desc.layout),
         gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BN, D], k_desc.layout),
         gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BN, D], v_desc.layout),
-        gl.allocate_shared_memory(o_desc.dtype, [2, 1, ROWS, 1, D], o_desc.layout),
+        o_buf,
         gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
     )
-    rings: gl.constexpr = STAGES
-    bars = Barriers(_barriers(2, 1), _barriers(2, 1), _barriers(rings, 1), _barriers(rings, 2), _barriers(rings, 1),
-                    _barriers(rings, 2), _barriers(2, 1), _barriers(2, 2))  # fmt: skip
+    bars = Barriers(_barriers(2, 1), _barriers(2, 1), _barriers(STAGES, 1), _barriers(STAGES, 2),
+                    _barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(2, 1), _barriers(2, 2))  # fmt: skip
     fence_async_shared()
     sizes = Sizes(heads, group, batch_heads, rows, keys, n_tiles, n_items, sink, window, last)
-    FLAGS: gl.constexpr = (HAS_ROUTE, HAS_PROMPT, DECODE_FULL)
+    inputs = Inputs(route_ptr, prompt_ptr, start_ptr, sink_logits_ptr, lse_ptr)
+    FLAGS: gl.constexpr = (HAS_ROUTE, HAS_PROMPT, DECODE_FULL, HAS_START, SINK_LOGITS, LSE)
     gl.warp_specialize(
         [
-            (_consumer, (memory, bars, sizes, route_ptr, prompt_ptr, sink_logits_ptr, scale, 0, BN, D, STAGES, SPARSE,
-                         SINK_LOGITS, SOFTCAP, FLAGS)),
-            (_consumer, (memory, bars, sizes, route_ptr, prompt_ptr, sink_logits_ptr, scale, 1, BN, D, STAGES, SPARSE,
-                         SINK_LOGITS, SOFTCAP, FLAGS)),
-            (_producer, (memory, bars, sizes, route_ptr, prompt_ptr, counter_ptr, BN, STAGES, FLAGS)),
+            (_consumer, (memory, bars, sizes, inputs, scale, 0, BN, D, STAGES, WAIT_LAST, SPARSE, SOFTCAP, FLAGS)),
+            (_consumer, (memory, bars, sizes, inputs, scale, 1, BN, D, STAGES, WAIT_LAST, SPARSE, SOFTCAP, FLAGS)),
+            (_producer, (memory, bars, sizes, inputs, counter_ptr, BN, STAGES, FLAGS)),
         ],
         [4, 1],
         [240, 24],
-    )  # fmt: skip
+    )

@@ -80,10 +80,24 @@ def _unsupported_shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, tiles: Tiles | None = None) -> torch.Tensor:
     """Attention of a supported call -> [B,S,H,Dv], contiguous. `tiles` overrides the pinned sizes (benchmarks)."""
+    return _attend(q, k, v, None, call, tiles)
+
+
+def attend_with_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, tiles: Tiles | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend`, and the log-sum-exp of each row's scores, fp32 [B,H,S]."""
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    return _attend(q, k, v, lse, call, tiles), lse
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lse: torch.Tensor | None, call: Call, tiles: Tiles | None
+) -> torch.Tensor:
     out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype, device=q.device)
     tiles = tiles or choose(q, k, v, call)
     launch = _launch_gluon if tiles.loader == "gluon" else _launch_plain
-    launch(q, k, v, out, call, tiles)
+    launch(q, k, v, out, lse, call, tiles)
     return out
 
 
@@ -109,10 +123,8 @@ def not_gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> 
     """Why the Hopper kernel cannot serve this call, or None if it can."""
     if not triton.__version__.startswith(GLUON_VERSIONS):
         return f"Triton {triton.__version__} is not one of {', '.join(GLUON_VERSIONS)}"
-    if call.q_start is not None:
-        return "q_start is given"
-    if q.shape[-1] != v.shape[-1] or q.shape[-1] > 128:
-        return "head dims differ or are above 128"
+    if q.shape[-1] != v.shape[-1]:
+        return "the widths of q and v differ"
     return not_tma(q, k, v)
 
 
@@ -125,7 +137,7 @@ def not_tma(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     return None
 
 
-def _flag(x: torch.Tensor | None) -> torch.Tensor | None:
+def flag(x: torch.Tensor | None) -> torch.Tensor | None:
     """A bool tensor as bytes, without a copy."""
     return x.view(torch.uint8) if x is not None and x.dtype == torch.bool else x
 
@@ -135,8 +147,9 @@ def _strides(x: torch.Tensor) -> list[int]:
     return [x.stride(d) if x.shape[d] > 1 else 16 for d in range(3)] + [1]
 
 
-def _shape_arguments(q: torch.Tensor, k: torch.Tensor, call: Call, tiles: Tiles) -> dict[str, int]:
-    n_tiles = triton.cdiv(q.shape[2], tiles.rows)
+def shape_arguments(q: torch.Tensor, k: torch.Tensor, call: Call, tile_rows: int) -> dict[str, int]:
+    """The sizes every attention kernel takes, for tiles of `tile_rows` query rows."""
+    n_tiles = triton.cdiv(q.shape[2], tile_rows)
     return {
         "heads": q.shape[1],
         "group": q.shape[1] // k.shape[1],
@@ -156,6 +169,7 @@ def _options(call: Call) -> dict[str, object]:
         "HAS_ROUTE": call.route is not None,
         "HAS_PROMPT": call.prompt_lens is not None,
         "DECODE_FULL": call.decode_full,
+        "HAS_START": call.q_start is not None,
         "SINK_LOGITS": call.sink_logits is not None,
         "SOFTCAP": float(call.softcap),
         # Triton is about to change this default.
@@ -163,9 +177,9 @@ def _options(call: Call) -> dict[str, object]:
     }
 
 
-def _launch_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, call: Call,
-                  tiles: Tiles) -> None:  # fmt: skip
-    sizes = _shape_arguments(q, k, call, tiles)
+def _launch_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
+                  lse: torch.Tensor | None, call: Call, tiles: Tiles) -> None:  # fmt: skip
+    sizes = shape_arguments(q, k, call, tiles.rows)
     width, width_v = config.padded(q.shape[-1]), config.padded(v.shape[-1])
     operands = [q, k, v]
     if tiles.loader == "tma":
@@ -177,22 +191,23 @@ def _launch_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.
         ]
     grid = (sizes["n_tiles"] * sizes["batch_heads"],)
     attention_forward[grid](
-        *operands, out, call.sink_logits, _flag(call.route), call.prompt_lens, call.q_start, call.scale * LOG2E,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **sizes, D=q.shape[-1], DV=v.shape[-1], WIDTH=width,
-        WIDTH_V=width_v, BM=tiles.rows, BN=tiles.keys, STAGES=tiles.stages, TMA=tiles.loader == "tma",
-        HAS_START=call.q_start is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        **_options(call), num_warps=tiles.warps, num_stages=tiles.stages,
+        *operands, out, call.sink_logits, flag(call.route), call.prompt_lens, call.q_start, lse,
+        call.scale * LOG2E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **sizes,
+        D=q.shape[-1], DV=v.shape[-1], WIDTH=width, WIDTH_V=width_v, BM=tiles.rows, BN=tiles.keys,
+        STAGES=tiles.stages, TMA=tiles.loader == "tma", LSE=lse is not None,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **_options(call),
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
 
-def _launch_gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, call: Call,
-                  tiles: Tiles) -> None:  # fmt: skip
+def _launch_gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
+                  lse: torch.Tensor | None, call: Call, tiles: Tiles) -> None:  # fmt: skip
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from fluxc.kernels.triton_hopper import hopper_forward
 
-    sizes = _shape_arguments(q, k, call, tiles)
+    sizes = shape_arguments(q, k, call, tiles.rows)
     width = max(64, config.padded(q.shape[-1]))
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     blocks = [[1, 1, 64, width], [1, 1, tiles.keys, width], [1, 1, tiles.keys, width], [1, 64, 1, width]]
@@ -204,7 +219,9 @@ def _launch_gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     hopper_forward[(min(n_items, processors),)](
-        *descriptors, call.sink_logits, _flag(call.route), call.prompt_lens, counter, call.scale * LOG2E,
-        n_items=n_items, **sizes, D=width, BN=tiles.keys, STAGES=tiles.stages, **_options(call), num_warps=4,
+        *descriptors, call.sink_logits, flag(call.route), call.prompt_lens, call.q_start, lse,
+        counter, call.scale * LOG2E,
+        n_items=n_items, **sizes, D=width, BN=tiles.keys, STAGES=tiles.stages, WAIT_LAST=tiles.wait_last,
+        LSE=lse is not None, **_options(call), num_warps=4,
         maxnreg=168,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fluxc.kernels.bench.cases import Case
 from fluxc.kernels.bench.operands import Operands
-from fluxc.kernels.triton_config import Tiles
+from fluxc.kernels.triton_config import PLAIN_TMA, Tiles, padded, tiles_for
 from fluxc.kernels.triton_launch import Call, attend
 
 Run = Callable[[Operands], Tensor]
@@ -48,8 +49,19 @@ def flex(case: Case) -> Run:
     return lambda x: compiled(*x, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
-def peers(case: Case, with_flex: bool) -> dict[str, Run]:
-    """The contenders beside ours."""
-    if case.window:
-        return {"flex": flex(case)} if with_flex else {}
-    return {"flash": sdpa(case, SDPBackend.FLASH_ATTENTION)}
+def contenders(case: Case, with_flex: bool, variants: bool) -> dict[str, tuple[Case, Run]]:
+    """By name, what each computes and how: dense cuDNN as the yardstick, ours, and its rivals.
+
+    variants: also our kernels with other tile sizes than the pinned ones.
+    """
+    found = {"cudnn": (case.dense(), sdpa(case.dense(), SDPBackend.CUDNN_ATTENTION)), "ours": (case, ours(case))}
+    if variants:
+        pinned = tiles_for(90, case.shape.width)
+        other = dataclasses.replace(pinned, wait_last=not pinned.wait_last)
+        found[f"ours, wait_last={other.wait_last}"] = case, ours(case, other)
+        found["ours, plain Triton"] = case, ours(case, PLAIN_TMA[max(64, padded(case.shape.width))])
+    if not case.window:
+        found["flash"] = case, sdpa(case, SDPBackend.FLASH_ATTENTION)
+    elif with_flex:
+        found["flex"] = case, flex(case)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import statistics
 import subprocess
@@ -11,19 +12,43 @@ from typing import Any
 import torch
 import triton
 
-
-def median_ms(run: Callable[[Any], Any], inputs: list[Any], budget_ms: float = 300.0, least: int = 5) -> list[float]:
-    """[median, least, largest] milliseconds of `run` over rotating inputs, after a warm-up."""
-    for x in inputs:
-        run(x)
-    times: list[float] = []
-    while len(times) < least or (sum(times) < budget_ms and len(times) < 200):
-        times += _batch(run, inputs)
-    return [statistics.median(times), min(times), max(times)]
+CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,driver_version"
+HEAD_START = 2_000_000  # device cycles of sleep before a batch, in which the host runs ahead
+LONG_MS = 30.0  # one call of such a contender a turn
 
 
-def _batch(run: Callable[[Any], Any], inputs: list[Any], calls: int = 5) -> list[float]:
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call."""
+
+    median: float
+    least: float
+    largest: float
+    calls: int
+
+
+def interleaved(
+    runs: dict[str, Callable[[Any], Any]], inputs: list[Any], budget_ms: float = 1000.0, least_rounds: int = 3
+) -> dict[str, Timing]:
+    """Time contenders in turns, over rotating inputs, so that all see the same clocks and power."""
+    calls = {}
+    for name, run in runs.items():
+        for x in inputs:
+            run(x)
+        calls[name] = 1 if max(batch(run, inputs, 1)) > LONG_MS else 3
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    rounds = 0
+    while rounds < least_rounds or (sum(map(sum, times.values())) < budget_ms and rounds < 40):
+        for name, run in runs.items():
+            times[name] += batch(run, inputs, calls[name])
+        rounds += 1
+    return {name: Timing(statistics.median(t), min(t), max(t), len(t)) for name, t in times.items()}
+
+
+def batch(run: Callable[[Any], Any], inputs: list[Any], calls: int) -> list[float]:
+    """Milliseconds of each of `calls` calls in a row."""
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
+    torch.cuda._sleep(HEAD_START)
     for n, (begin, end) in enumerate(marks):
         begin.record()
         run(inputs[n % len(inputs)])
@@ -32,17 +57,31 @@ def _batch(run: Callable[[Any], Any], inputs: list[Any], calls: int = 5) -> list
     return [begin.elapsed_time(end) for begin, end in marks]
 
 
+def graphed(run: Callable[[Any], Any], inputs: list[Any], repeats: int = 20) -> Callable[[Any], Any]:
+    """A CUDA graph of `repeats` calls over rotating inputs; its argument is ignored."""
+    for x in inputs:
+        run(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for n in range(repeats):
+            run(inputs[n % len(inputs)])
+    return lambda _: graph.replay()
+
+
+def clocks() -> str:
+    """What nvidia-smi reads now, in the order of CLOCKS."""
+    query = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def conditions() -> dict[str, str]:
-    """Device, versions, date, and the clocks as nvidia-smi reads them now."""
-    query = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,driver_version"
-    read = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, check=False
-    )
+    """Device, versions and date."""
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cudnn": str(torch.backends.cudnn.version()),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        query: read.stdout.strip(),
+        "timing": "CUDA events, medians, contenders in turns, inputs rotated",
+        CLOCKS: clocks(),
     }

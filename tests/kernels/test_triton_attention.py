@@ -18,7 +18,8 @@ DEVICE = "cuda" if GPU else "cpu"
 # Relative error of the whole output: half of the dtype's epsilon for P, about as much again for the output.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32] if GPU else [torch.float16, torch.float32]
-TILE = 128 if GPU else 32
+TILE = 128 if GPU else 16
+WIDTH = 64 if GPU else 16
 OPTIONS = {"layer": 3}
 
 
@@ -91,7 +92,7 @@ def poisoned(monkeypatch):
 def test_attention(rows, dtype, poisoned):
     from fluxc.kernels.attention import triton_impl
 
-    q, k, v = inputs(2, 4, 2, rows, 64 if GPU else 16, dtype)
+    q, k, v = inputs(2, 4, 2, rows, WIDTH, dtype)
     assert triton_impl.supported(q, k, v, scale=0.2, **OPTIONS) is None
     out = triton_impl.forward(q, k, v, scale=0.2, **OPTIONS)
     assert out.is_contiguous()
@@ -114,8 +115,8 @@ def test_own_window_soft_cap_and_sink_logits(window, poisoned):
     from fluxc.kernels.attention import triton_impl
 
     rows = 4 * TILE + 7
-    q, k, v = inputs(1, 4, 4, rows, 64 if GPU else 16, torch.float16)
-    logits = torch.randn(4, device=DEVICE)
+    q, k, v = inputs(1, 2, 2, rows, WIDTH, torch.float16)
+    logits = torch.randn(2, device=DEVICE)
     options = {"scale": 0.5, "softcap": 3.0, "sink_logits": logits}
     out = triton_impl.forward(q, k, v, window=window, **options, **OPTIONS)
     assert close(out, expected(q, k, v, visible(rows, rows, window=window)[None], **options), torch.float16)
@@ -123,13 +124,13 @@ def test_own_window_soft_cap_and_sink_logits(window, poisoned):
 
 @here
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sink", [0, 1, 17, 64])
-@pytest.mark.parametrize("window", [1, 33, 64, 150])
+@pytest.mark.parametrize("sink", [0, 1, TILE // 2 + 1, TILE])
+@pytest.mark.parametrize("window", [1, TILE // 4 + 1, TILE, 2 * TILE + 20])
 def test_streaming(sink, window, dtype, poisoned):
     from fluxc.kernels.streaming_attention import triton_impl
 
     rows = 5 * TILE + 3
-    q, k, v = inputs(1, 4, 2, rows, 64 if GPU else 16, dtype)
+    q, k, v = inputs(1, 2, 1, rows, WIDTH, dtype)
     out = triton_impl.forward(q, k, v, scale=0.3, sink=sink, window=window, **OPTIONS)
     assert close(out, expected(q, k, v, visible(rows, rows, sink=sink, window=window)[None], 0.3), dtype)
 
@@ -141,7 +142,7 @@ def test_triangle(last, decode_full, poisoned):
     from fluxc.kernels.triangle_attention import triton_impl
 
     rows, lens = 5 * TILE + 3, [5 * TILE + 3, 3 * TILE - 2, 1]
-    q, k, v = inputs(3, 2, 1, rows, 64 if GPU else 16, torch.float16)
+    q, k, v = inputs(3, 1, 1, rows, WIDTH, torch.float16)
     prompt_lens = torch.tensor(lens, device=DEVICE)
     out = triton_impl.forward(
         q, k, v, prompt_lens, scale=0.3, sink=5, window=40, last=last, decode_full=decode_full, **OPTIONS
@@ -160,7 +161,7 @@ def test_routed_equals_each_samples_own_op_bit_for_bit(kind, poisoned):
     from fluxc.kernels.triangle_attention import triton_impl as triangle
 
     rows = 4 * TILE + 5
-    q, k, v = inputs(4, 4, 2, rows, 64 if GPU else 16, torch.float16)
+    q, k, v = inputs(4, 2, 1, rows, WIDTH, torch.float16)
     prompt_lens = torch.tensor([rows, rows, 2 * TILE, 2 * TILE], device=DEVICE)
     route = torch.tensor([True, False, True, False], device=DEVICE)
     sizes = {"scale": 0.3, "sink": 4, "window": 50, **OPTIONS}
@@ -178,11 +179,25 @@ def test_routed_equals_each_samples_own_op_bit_for_bit(kind, poisoned):
 
 
 @here
+def test_log_sum_exp(poisoned):
+    from fluxc.kernels.triton_launch import Call, attend, attend_with_lse
+
+    rows = 2 * TILE + 3
+    q, k, v = inputs(2, 4, 2, rows, WIDTH, torch.float16)
+    call = Call(0.3, sink=3, window=TILE)
+    out, lse = attend_with_lse(q, k, v, call)
+    s = (q.double() @ k.double().repeat_interleave(2, 1).transpose(2, 3)) * 0.3
+    wanted = s.masked_fill(~visible(rows, rows, sink=3, window=TILE), float("-inf")).logsumexp(3)
+    assert torch.equal(out, attend(q, k, v, call))
+    assert close(lse, wanted, torch.float16)
+
+
+@here
 def test_queries_that_start_late(poisoned):
     from fluxc.kernels.streaming_attention import triton_impl
 
     rows, keys = TILE + 3, 5 * TILE
-    q, k, v = inputs(3, 2, 2, rows, 64 if GPU else 16, torch.float16, keys=keys)
+    q, k, v = inputs(3, 2, 2, rows, WIDTH, torch.float16, keys=keys)
     starts = [0, TILE - 1, keys - rows]
     out = triton_impl.forward(
         q, k, v, scale=0.3, sink=3, window=70, q_start=torch.tensor(starts, device=DEVICE), **OPTIONS
@@ -208,7 +223,7 @@ def test_strides_and_value_width(poisoned):
 def test_padding_never_reaches_a_valid_row(poisoned):
     from fluxc.kernels.streaming_attention import triton_impl
 
-    q, k, v = inputs(1, 2, 1, 3 * TILE, 64 if GPU else 16, torch.float16)
+    q, k, v = inputs(1, 2, 1, 3 * TILE, WIDTH, torch.float16)
     n = TILE + 7
     whole = triton_impl.forward(q, k, v, scale=0.3, sink=3, window=20, **OPTIONS)
     k[:, :, n:], v[:, :, n:] = 1e4, -1e4

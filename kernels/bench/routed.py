@@ -1,0 +1,50 @@
+"""A mixed batch by one kernel that reads routes on the device, against each sample by its own kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxc.kernels.bench.cases import Case
+from fluxc.kernels.bench.measure import clocks, interleaved
+from fluxc.kernels.bench.operands import Operands, operands
+from fluxc.kernels.triton_launch import Call, attend
+
+DTYPE = torch.bfloat16
+BATCH = 8
+LENGTHS = (2048, 4096, 8192)
+
+
+def measure() -> Iterator[dict[str, Any]]:
+    """One row per length and contender; half of the samples are full. The check: both give the same bits."""
+    for length in LENGTHS:
+        case = Case("routed_attention", length, sink=128, window=1024)
+        route = torch.tensor([b % 2 == 0 for b in range(BATCH)], device="cuda")
+        runs = {"ours, by flag": _by_flag(case, route), "ours, sample by sample": _each(case, route.tolist())}
+        inputs = [operands(case, DTYPE, BATCH) for _ in range(2)]
+        equal = torch.equal(*(run(inputs[0]) for run in runs.values()))
+        times = interleaved(runs, inputs, 300) if equal else {}
+        for name in runs:
+            ms = times[name].median if equal else None
+            row = {"op": case.op, "by": name, "batch": BATCH, "length": length, "shape": str(case.shape)}
+            yield row | {"sink": 128, "window": 1024, "bit_equal": equal, "ms": ms, "clocks": clocks()}
+
+
+def _call(case: Case, route: Tensor | None = None, full: bool = False) -> Call:
+    scale = case.shape.width**-0.5
+    return Call(scale) if full else Call(scale, case.sink, case.window, route=route)
+
+
+def _by_flag(case: Case, route: Tensor) -> Any:
+    return lambda x: attend(*x, _call(case, route))
+
+
+def _each(case: Case, routes: list[bool]) -> Any:
+    def run(x: Operands) -> Tensor:
+        one = [attend(*(t[b : b + 1] for t in x), _call(case, full=full)) for b, full in enumerate(routes)]
+        return torch.cat(one)
+
+    return run

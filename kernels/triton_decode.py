@@ -1,0 +1,187 @@
+"""Decode attention in Triton: one query token per request over the slots of a paged cache.
+
+The query heads of a key head are one tile, so the cache is read once. The pages of a request are split over programs;
+the last of them to finish adds the parts up. Lengths and pages are read on the device: one captured CUDA graph serves
+full and sparse layers, growing lengths and changing requests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fluxc.kernels.schemas import PAGE
+
+LOG2E = 1.4426950408889634
+LOG2E_T = tl.constexpr(1.4426950408889634)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeTiles:
+    """Sizes of the decode kernel: warps, page buffers, and programs per multiprocessor that splits aim at."""
+
+    warps: int = 4
+    buffers: int = 3
+    waves: int = 2
+
+
+TILES: dict[int, DecodeTiles] = {64: DecodeTiles(), 128: DecodeTiles(), 256: DecodeTiles(buffers=1, waves=1)}
+"""By head dim, rounded up; the same for every architecture."""
+
+
+@triton.jit
+def _capped(s, scale, SOFTCAP: tl.constexpr):
+    """Scores in units of log2(e)."""
+    s = s * scale
+    if SOFTCAP != 0.0:
+        s = (SOFTCAP * LOG2E_T) * (1.0 - 2.0 / (tl.exp2(s * (2.0 / SOFTCAP)) + 1.0))
+    return s
+
+
+@triton.jit
+def _pages(q, cache, table, length, first, stop, hk, kv_heads, scale, M: tl.constexpr, D: tl.constexpr,
+           WIDTH: tl.constexpr, PAGE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Attention of a tile of queries over the pages [first, stop): output without division, maximum, sum."""
+    slot = tl.arange(0, PAGE)
+    c = tl.arange(0, WIDTH)
+    inside = slot[:, None] * D + c[None, :]
+    m = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, WIDTH], tl.float32)
+    for page in tl.range(first, stop):
+        valid = page * PAGE + slot < length
+        keep = valid[:, None] & (c < D)[None, :]
+        base = cache + (tl.load(table + page).to(tl.int64) * 2 * kv_heads + hk) * (PAGE * D)
+        k = tl.load(base + inside, mask=keep, other=0.0)
+        s = _capped(tl.dot(q, k.T, input_precision=PRECISION), scale, SOFTCAP)
+        s = tl.where(valid[None, :], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        p = tl.exp2(s - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        v = tl.load(base + kv_heads * (PAGE * D) + inside, mask=keep, other=0.0)
+        total = total * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        m = m_new
+    return acc, m, total
+
+
+@triton.jit
+def _combine(parts, sums, sink_logits, out, SPLITS: tl.constexpr, G: tl.constexpr, G2: tl.constexpr,
+             D: tl.constexpr, WIDTH: tl.constexpr, SINK_LOGITS: tl.constexpr):  # fmt: skip
+    """Add up the parts [SPLITS,G,D] of one key head, each scaled by its maximum and sum [SPLITS,2,G]."""
+    g = tl.arange(0, G2)
+    c = tl.arange(0, WIDTH)
+    m = tl.full([G2], float("-inf"), tl.float32)
+    total = tl.zeros([G2], tl.float32)
+    if SINK_LOGITS:
+        m = tl.load(sink_logits + g, mask=g < G, other=0.0).to(tl.float32) * LOG2E_T
+        total += 1.0
+    acc = tl.zeros([G2, WIDTH], tl.float32)
+    seen = (g < G)[:, None] & (c < D)[None, :]
+    for split in tl.range(0, SPLITS):
+        m_part = tl.load(sums + split * 2 * G + g, mask=g < G, other=float("-inf"), cache_modifier=".cg")
+        sum_part = tl.load(sums + split * 2 * G + G + g, mask=g < G, other=0.0, cache_modifier=".cg")
+        m_new = tl.maximum(m, m_part)
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        old, new = tl.exp2(m - shift), tl.exp2(m_part - shift)
+        x = tl.load(parts + (split * G + g)[:, None] * D + c[None, :], mask=seen, other=0.0, cache_modifier=".cg")
+        acc = acc * old[:, None] + x * new[:, None]
+        total = total * old + sum_part * new
+        m = m_new
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out + g[:, None] * D + c[None, :], acc.to(out.dtype.element_ty), mask=seen)
+
+
+@triton.jit(do_not_specialize=("table_row",))
+def decode_kernel(q, cache, table, lens, sink_logits, parts, sums, counters, out, q_batch, q_head, table_row,
+                  kv_heads, scale, SPLITS: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, M: tl.constexpr,
+                  D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, SINK_LOGITS: tl.constexpr,
+                  SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """q [B,H,D], cache [pages,2,Hk,PAGE,D], table i32[B,P], lens i32[B] -> out [B,H,D]; counters i32[B,Hk] zero.
+
+    G: query heads of a key head, G2 the power of two above, M the rows of the query tile. `scale` includes log2(e).
+    """
+    split = tl.program_id(0)
+    hk = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    length = tl.load(lens + b)
+    n_pages = tl.cdiv(length, PAGE)
+    each = tl.cdiv(n_pages, SPLITS)
+    g = tl.arange(0, M)
+    c = tl.arange(0, WIDTH)
+    seen = (g < G)[:, None] & (c < D)[None, :]
+    b_q = tl.load(q + b * q_batch + (hk * G + g)[:, None] * q_head + c[None, :], mask=seen, other=0.0)
+    acc, m, total = _pages(b_q, cache, table + b * table_row, length, split * each,
+                           tl.minimum((split + 1) * each, n_pages), hk, kv_heads, scale, M, D, WIDTH, PAGE, SOFTCAP,
+                           PRECISION)  # fmt: skip
+    row = b * kv_heads + hk
+    parts += row * (SPLITS * G * D)
+    sums += row * (SPLITS * 2 * G)
+    tl.store(parts + (split * G + g)[:, None] * D + c[None, :], acc, mask=seen)
+    tl.store(sums + split * 2 * G + g, m, mask=g < G)
+    tl.store(sums + split * 2 * G + G + g, total, mask=g < G)
+    tl.debug_barrier()
+    if tl.atomic_add(counters + row, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+        tl.debug_barrier()
+        _combine(parts, sums, sink_logits + hk * G if SINK_LOGITS else None, out + row * (G * D), SPLITS, G, G2, D,
+                 WIDTH, SINK_LOGITS)  # fmt: skip
+
+
+def decode_attention(
+    q: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    lens: Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+    tiles: DecodeTiles | None = None,
+) -> Tensor:
+    """`fluxc::decode_attention` -> [B,H,D], contiguous; a request without slots gets zeros."""
+    batch, heads, width = q.shape
+    kv_heads, group = cache.shape[2], heads // cache.shape[2]
+    padded = max(16, triton.next_power_of_2(width))
+    tiles = tiles or TILES[max(64, padded)]
+    splits = _splits(q, page_table, kv_heads, tiles)
+    parts = torch.empty(batch, kv_heads, splits, group, width, dtype=torch.float32, device=q.device)
+    sums = torch.empty(batch, kv_heads, splits, 2, group, dtype=torch.float32, device=q.device)
+    counters = torch.zeros(batch, kv_heads, dtype=torch.int32, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    group_padded = triton.next_power_of_2(group)
+    decode_kernel[(splits, kv_heads, batch)](
+        q, cache, page_table, lens, sink_logits, parts, sums, counters, out, q.stride(0), q.stride(1),
+        page_table.stride(0), kv_heads, scale * LOG2E, SPLITS=splits, G=group, G2=group_padded,
+        M=max(16, group_padded), D=width, WIDTH=padded, PAGE=PAGE, SINK_LOGITS=sink_logits is not None,
+        SOFTCAP=float(softcap), PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tiles.warps,
+        # The page number is loaded ahead of its page: Triton shares the stages between the two.
+        num_stages=2 * tiles.buffers + 1,
+    )  # fmt: skip
+    return out
+
+
+def _splits(q: Tensor, page_table: Tensor, kv_heads: int, tiles: DecodeTiles) -> int:
+    """Programs a request's pages are cut into: enough to fill the device, from shapes alone."""
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 3
+    return max(1, min(page_table.shape[1], tiles.waves * processors // (q.shape[0] * kv_heads), 128))
+
+
+def unsupported(q: Tensor, cache: Tensor, page_table: Tensor, lens: Tensor) -> str | None:
+    """Why the kernel cannot serve this call, or None if it can."""
+    if not q.is_cuda and not triton.knobs.runtime.interpret:
+        return "needs a CUDA device"
+    if q.dtype != cache.dtype or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtypes {q.dtype} and {cache.dtype} are not one of fp16, bf16 and fp32"
+    if cache.dim() != 5 or cache.shape[3] != PAGE or not cache.is_contiguous():
+        return f"the cache is not contiguous [pages, 2, Hk, {PAGE}, D]"
+    if q.shape[-1] != cache.shape[-1] or q.shape[-1] > 256 or q.shape[1] % cache.shape[2]:
+        return f"{q.shape[1]} heads of {q.shape[-1]} do not fit a cache of {cache.shape[2]} heads of {cache.shape[-1]}"
+    if page_table.dtype != torch.int32 or lens.dtype != torch.int32 or page_table.stride(-1) != 1:
+        return "page_table or lens is not i32, rows contiguous"
+    if q.stride(-1) != 1:
+        return "the last dimension of q is not contiguous"
+    return None

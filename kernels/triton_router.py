@@ -1,0 +1,216 @@
+"""The Layer Router's pool, alone and fused with its encoder and head, in Triton.
+
+`parts` programs share a request. Each sums its share of the pooled rows; then each owns a slice of the encoder's hidden
+layer, later of the head's first one, and multiplies it at once into the next layer: partial sums of every program are
+added in a fixed order, so scores do not change from run to run. Programs wait for each other twice; the last to finish
+computes the logits. All weights are read before the first wait.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PARTS = 32
+ROWS = 64
+WEIGHTS = 10
+
+
+@triton.jit
+def _arrive(counter):
+    """Announce that everything this program stored may be read; the number of programs before it."""
+    tl.debug_barrier()
+    return tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+
+
+@triton.jit
+def _meet(counter, parts):
+    """Wait until all programs of the request have come here."""
+    _arrive(counter)
+    seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+    while seen < parts:
+        seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()
+
+
+@triton.jit
+def _pool_part(q, part, b, q_batch, q_head, q_row, heads, length, pool, PARTS: tl.constexpr, ROWS: tl.constexpr,
+               D: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Sum of this program's share of the pooled rows: heads x (first and last `pool` rows), in one long list."""
+    c = tl.arange(0, WIDTH)
+    take = tl.minimum(pool, length)
+    n = heads * 2 * take
+    share = tl.cdiv(n, PARTS)
+    stop = tl.minimum((part + 1) * share, n)
+    total = tl.zeros([WIDTH], tl.float32)
+    for first in tl.range(part * share, stop, ROWS, num_stages=1):
+        i = first + tl.arange(0, ROWS)
+        rest = i % (2 * take)
+        row = tl.where(rest < take, rest, length - 2 * take + rest)
+        pointers = q + b * q_batch + (i // (2 * take)).to(tl.int64) * q_head + row.to(tl.int64) * q_row
+        x = tl.load(pointers[:, None] + c[None, :], mask=(i < stop)[:, None] & (c < D)[None, :], other=0.0)
+        total += tl.sum(x.to(tl.float32), 0)
+    return total
+
+
+@triton.jit
+def _sum_parts(scratch, columns, PARTS: tl.constexpr, PADDED: tl.constexpr):
+    """fp32 [PARTS, columns] -> [PADDED], past the first-level cache: other programs wrote it during this launch."""
+    g = tl.arange(0, PARTS)
+    c = tl.arange(0, PADDED)
+    x = tl.load(scratch + g[:, None] * columns + c[None, :], mask=(c < columns)[None, :], other=0.0,
+                cache_modifier=".cg")  # fmt: skip
+    return tl.sum(x, 0)
+
+
+@triton.jit
+def router_pool_kernel(q, lens, scratch, counters, out, q_batch, q_head, q_row, heads, pool, PARTS: tl.constexpr,
+                       ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """q [B,H,S,D] -> out fp32 [B,D]; counters i32[B] zero; scratch fp32 [B,PARTS,D]."""
+    part = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    length = tl.load(lens + b).to(tl.int32)
+    total = _pool_part(q, part, b, q_batch, q_head, q_row, heads, length, pool, PARTS, ROWS, D, WIDTH)
+    c = tl.arange(0, WIDTH)
+    mine = scratch + b * PARTS * D
+    tl.store(mine + part * D + c, total, mask=c < D)
+    if _arrive(counters + b) == PARTS - 1:
+        tl.debug_barrier()
+        share = 1.0 / (2 * heads * tl.minimum(pool, length)).to(tl.float32)
+        tl.store(out + b * D + c, _sum_parts(mine, D, PARTS, WIDTH) * share, mask=c < D)
+
+
+@triton.jit
+def _weights(weight, rows, columns, row_stride, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    r = tl.arange(0, BLOCK_R)
+    c = tl.arange(0, BLOCK_C)
+    return tl.load(weight + r[:, None] * row_stride + c[None, :], mask=(r < rows)[:, None] & (c < columns)[None, :],
+                   other=0.0)  # fmt: skip
+
+
+@triton.jit
+def _bias(bias, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    return tl.load(bias + i, mask=i < n, other=0.0)
+
+
+@triton.jit
+def _silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _hidden(weight, x, bias):
+    """A slice of a hidden layer: silu(weight @ x + bias)."""
+    return _silu(tl.sum(weight * x[None, :], 1) + bias)
+
+
+@triton.jit
+def router_kernel(q, lens, w0, b0, w1, b1, w2, b2, w3, b3, w4, b4, scratch, counters, out, q_batch, q_head, q_row,
+                  heads, pool, PHASE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+                  WIDTH: tl.constexpr, E: tl.constexpr, T: tl.constexpr):  # fmt: skip
+    """q [B,H,S,D] -> logits fp32 [B,2]. E, T: slices of the hidden layers (8D, 4D over PARTS), WIDTH: D, all padded.
+
+    PHASE -1 runs everything in one launch; 0 .. 3 run one phase, for a grid too large to wait for itself.
+    counters i32[B,3] zero; scratch fp32 [B,PARTS,4D]: a part's pooled sum, encoder output, head's second layer.
+    """
+    part = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    H1: tl.constexpr = 8 * D // PARTS
+    H2: tl.constexpr = 4 * D // PARTS
+    c = tl.arange(0, WIDTH)
+    c2 = tl.arange(0, 2 * WIDTH)
+    pooled = scratch + b * PARTS * 4 * D
+    encoded = pooled + PARTS * D
+    headed = encoded + PARTS * 2 * D
+    counters += b * 3
+    length = tl.load(lens + b).to(tl.int32)
+    if (PHASE == 1) | (PHASE == -1):
+        b_w0 = _weights(w0 + part * H1 * D, H1, D, D, E, WIDTH)
+        b_b0 = _bias(b0 + part * H1, H1, E)
+        b_w1 = _weights(w1 + part * H1, 2 * D, H1, 8 * D, 2 * WIDTH, E)
+    if (PHASE == 2) | (PHASE == -1):
+        b_b1 = _bias(b1, 2 * D, 2 * WIDTH)
+        b_w2 = _weights(w2 + part * H2 * 2 * D, H2, 2 * D, 2 * D, T, 2 * WIDTH)
+        b_b2 = _bias(b2 + part * H2, H2, T)
+        b_w3 = _weights(w3 + part * H2, D, H2, 4 * D, WIDTH, T)
+    if (PHASE == 0) | (PHASE == -1):
+        total = _pool_part(q, part, b, q_batch, q_head, q_row, heads, length, pool, PARTS, ROWS, D, WIDTH)
+        tl.store(pooled + part * D + c, total, mask=c < D)
+    if PHASE == -1:
+        _meet(counters, PARTS)
+    if (PHASE == 1) | (PHASE == -1):
+        share = 1.0 / (2 * heads * tl.minimum(pool, length)).to(tl.float32)
+        h1 = _hidden(b_w0, _sum_parts(pooled, D, PARTS, WIDTH) * share, b_b0)
+        tl.store(encoded + part * 2 * D + c2, tl.sum(b_w1 * h1[None, :], 1), mask=c2 < 2 * D)
+    if PHASE == -1:
+        _meet(counters + 1, PARTS)
+    if (PHASE == 2) | (PHASE == -1):
+        h2 = _hidden(b_w2, _sum_parts(encoded, 2 * D, PARTS, 2 * WIDTH) + b_b1, b_b2)
+        tl.store(headed + part * D + c, tl.sum(b_w3 * h2[None, :], 1), mask=c < D)
+    before = PARTS - 1
+    if PHASE == -1:
+        before = _arrive(counters + 2)
+    if (PHASE == 3) | (PHASE == -1):  # noqa: SIM102 (decided when compiled, the next one when run)
+        if before == PARTS - 1:
+            tl.debug_barrier()
+            h3 = _silu(_sum_parts(headed, D, PARTS, WIDTH) + _bias(b3, D, WIDTH))
+            logits = tl.sum(_weights(w4, 2, D, D, 2, WIDTH) * h3[None, :], 1) + _bias(b4, 2, 2)
+            tl.store(out + b * 2 + tl.arange(0, 2), logits)
+
+
+def router_pool(q: Tensor, prompt_lens: Tensor, *, pool: int) -> Tensor:
+    """`fluxc::router_pool` -> fp32 [B,D]: one launch, and one that clears its counters."""
+    batch, heads, _, width = q.shape
+    scratch = torch.empty(batch, PARTS, width, dtype=torch.float32, device=q.device)
+    counters = torch.zeros(batch, dtype=torch.int32, device=q.device)
+    out = torch.empty(batch, width, dtype=torch.float32, device=q.device)
+    router_pool_kernel[(PARTS, batch)](
+        q, prompt_lens, scratch, counters, out, *q.stride()[:3], heads, pool, PARTS=PARTS, ROWS=ROWS, D=width,
+        WIDTH=triton.next_power_of_2(width), num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def router(q: Tensor, prompt_lens: Tensor, *weights: Tensor, pool: int, fused: bool | None = None) -> Tensor:
+    """`fluxc::router` -> fp32 logits [B,2], full first; `weights` as in the schema, fp32, contiguous.
+
+    fused: one launch beside the one that clears its counters. Its programs wait for each other, so all of them must
+    fit on the device at once; by default that decides.
+    """
+    batch, heads, _, width = q.shape
+    scratch = torch.empty(batch, PARTS, 4 * width, dtype=torch.float32, device=q.device)
+    counters = torch.zeros(batch, 3, dtype=torch.int32, device=q.device)
+    out = torch.empty(batch, 2, dtype=torch.float32, device=q.device)
+    padded = triton.next_power_of_2(width)
+    for phase in (-1,) if _fits(q, fused) else (0, 1, 2, 3):
+        router_kernel[(1 if phase == 3 else PARTS, batch)](
+            q, prompt_lens, *weights, scratch, counters, out, *q.stride()[:3], heads, pool, PHASE=phase, PARTS=PARTS,
+            ROWS=ROWS, D=width, WIDTH=padded, E=max(1, 8 * padded // PARTS), T=max(1, 4 * padded // PARTS),
+            num_warps=8,
+        )  # fmt: skip
+    return out
+
+
+def _fits(q: Tensor, fused: bool | None) -> bool:
+    if fused is not None:
+        return fused
+    return q.is_cuda and q.shape[0] * PARTS <= torch.cuda.get_device_properties(q.device).multi_processor_count
+
+
+def unsupported(q: Tensor, *weights: Tensor) -> str | None:
+    """Why the kernels cannot serve this call, or None if they can."""
+    width = q.shape[-1]
+    if not q.is_cuda and not triton.knobs.runtime.interpret:
+        return "needs a CUDA device"
+    if q.stride(-1) != 1:
+        return "the last dimension of q is not contiguous"
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {q.dtype} is not fp16, bf16 or fp32"
+    if weights and (len(weights) != WEIGHTS or width % (PARTS // 4) or width > 256):
+        return f"head dim {width} is not a multiple of {PARTS // 4} up to 256"
+    if any(w.dtype != torch.float32 or not w.is_contiguous() for w in weights):
+        return "the router's weights are not contiguous fp32"
+    return None
