@@ -48,7 +48,9 @@ def triton_provider(op: str) -> Provider:
             return "Triton is not installed"
         return importlib.import_module(module).supported(q, *args, **kwargs)
 
-    return Provider("triton", supported, lambda *args, **kwargs: importlib.import_module(module).run(*args, **kwargs))
+    return Provider(
+        "triton", supported, lambda *args, **kwargs: importlib.import_module(module).forward(*args, **kwargs)
+    )
 
 
 def pieces_provider(row_call: Callable[..., RowCall]) -> Provider:
