@@ -361,7 +361,7 @@ print(resident() - before)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="resident memory is read from /proc")
 def test_size_on_disk_and_in_memory_is_that_of_the_weights(tmp_path):
-    captured = toy_program(ToyConfig(windows=(0, 0), hidden=768, heads=12, kv_heads=4, head_dim=64, vocab=20_000))
+    captured = toy_program(ToyConfig(windows=(0, 0), hidden=768, heads=12, kv_heads=4, head_dim=64, vocab=32_000))
     flux = toy_flux(tmp_path / "model.flux", captured)
     weights = sum(tensor.numel() * 4 for tensor in captured.state_dict.values())
     assert sum(path.stat().st_size for path in flux.path.rglob("*") if path.is_file()) <= 1.15 * weights
