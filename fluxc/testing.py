@@ -15,6 +15,7 @@ from fluxc.kernel_testing import (
 from fluxc.tiny_models import TINY_FAMILIES, tiny_llama, tiny_llama_rope
 from fluxc.tiny_tokenizer import tiny_tokenizer
 from fluxc.toy_decoder import TOY_ROPES, ToyConfig, toy_inputs, toy_module, toy_program, toy_routed_inputs
+from fluxc.toy_foreign import causal_attend, foreign_module, foreign_program
 
 __all__ = [
     "GRADIENT_FACTOR",
@@ -25,6 +26,9 @@ __all__ = [
     "PoisonedMemory",
     "ToyConfig",
     "assert_close",
+    "causal_attend",
+    "foreign_module",
+    "foreign_program",
     "gradients",
     "layouts",
     "random_qkv",

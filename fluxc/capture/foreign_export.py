@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from fluxc.errors import CaptureError
-from fluxc.ir.evaluate import depends_on
+from fluxc.ir.evaluate import depends_on, written_arguments
 from fluxc.ir.graph import Draft, is_call, runnable, walk_back
 from fluxc.ir.roles import Roles, read_roles
 from fluxc.signature import CAPTURED_INPUTS
@@ -36,6 +36,30 @@ def check_frozen(program: ExportedProgram) -> None:
             )
         if spec.kind != OutputKind.USER_OUTPUT:
             raise CaptureError(f"the program has an output of kind {spec.kind.name}", hint=_WITH_LOGITS)
+
+
+def check_writes(program: ExportedProgram) -> None:
+    """Raise CaptureError, naming it, if a call of the graph writes to a weight, a buffer or an input in place."""
+    names = {spec.arg.name: spec.target or spec.arg.name for spec in program.graph_signature.input_specs}
+    for node in program.graph.nodes:
+        for written in written_arguments(node):
+            source = _base(written)
+            if source.op == "placeholder":
+                raise CaptureError(
+                    f"the program writes to {names.get(source.name, source.name)} while it runs (node {node.name})",
+                    hint="export the model without its cache (use_cache=False), with RoPE that does not change",
+                )
+
+
+def _base(node: Node) -> Node:
+    """The tensor whose memory `node` may be."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
+        schema: Any = getattr(node.target, "_schema", None)
+        shares = schema is not None and any(r.alias_info for r in schema.returns)
+        if not shares and not is_call(node, aten.to):
+            break
+        node = node.args[0]
+    return node
 
 
 def logits_output(draft: Draft, roles: Roles) -> int:

@@ -12,13 +12,14 @@ from torch.export import Dim, ExportedProgram
 
 from fluxc import kernels
 from fluxc.capture.foreign_check import Original, check_program
-from fluxc.capture.foreign_export import check_frozen, export_captured, only_logits
+from fluxc.capture.foreign_export import check_frozen, check_writes, export_captured, only_logits
 from fluxc.capture.result import Capture, files_of_tokenizer
 from fluxc.errors import CaptureError
 from fluxc.ir.evaluate import Evaluator
 from fluxc.ir.graph import Draft, argument, calls, is_call, user_inputs, walk_back
 from fluxc.ir.pass_base import Note, Pass
 from fluxc.passes.canonicalize_attention import CanonicalizeAttention
+from fluxc.passes.dead_code import DeadCode
 from fluxc.passes.drop_asserts import DropAsserts
 from fluxc.passes.drop_no_ops import DropNoOps
 from fluxc.passes.expose_positions import ExposePositions
@@ -27,6 +28,7 @@ from fluxc.progress import SILENT, Progress
 from fluxc.signature import CAPTURED_INPUTS
 
 aten = torch.ops.aten
+_NORMAL_FORM: tuple[Pass, ...] = (InlineRegions(), DropAsserts(), DropNoOps(), DeadCode())
 
 
 def capture_file(path: str | os.PathLike[str], *, tokenizer: Any = None, progress: Progress = SILENT) -> Capture:
@@ -93,7 +95,7 @@ def capture_program(
         raise CaptureError("the program has no attention that fluxc can find", hint="is it a language model?")
     exposed = ExposePositions().apply(found.program).program
     progress.start("exporting again")
-    captured = _applied(export_captured(exposed, original.longest), InlineRegions(), DropAsserts(), DropNoOps())
+    captured = _applied(export_captured(exposed, original.longest), *_NORMAL_FORM)
     check: dict[str, Any] = {}
     if self_check:
         progress.start("checking")
@@ -110,7 +112,9 @@ def attention_notes(program: ExportedProgram) -> tuple[Note, ...]:
 
 
 def _prepared(program: ExportedProgram) -> ExportedProgram:
-    return _applied(only_logits(program), InlineRegions(), DropAsserts(), DropNoOps())
+    flat = _applied(only_logits(program), *_NORMAL_FORM)
+    check_writes(flat)
+    return flat
 
 
 def _applied(program: ExportedProgram, *steps: Pass) -> ExportedProgram:

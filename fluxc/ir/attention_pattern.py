@@ -9,6 +9,17 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fluxc.ir.attention_product import (
+    BHSD,
+    CASTS,
+    NotThisFormError,
+    Operand,
+    check_rank,
+    is_product,
+    op_name,
+    product,
+    weighted_sum,
+)
 from fluxc.ir.evaluate import Evaluator, NotEvaluableError, depends_on
 from fluxc.ir.graph import Draft, argument, is_call
 from fluxc.ir.mask_proof import Mask
@@ -17,20 +28,6 @@ from fluxc.ir.roles import Roles
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention
 _FLASH_CPU = aten._scaled_dot_product_flash_attention_for_cpu
-_CASTS = (aten.to, aten._to_copy, aten.type_as, aten.contiguous, aten.clone, aten.alias, aten.detach)
-_BHSD = "bhsd"
-
-
-class NotThisFormError(Exception):
-    """Why a candidate is not an attention fluxc reads; the text names the node where it stopped."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Operand:
-    """A tensor and the order of its axes, of b batch, h head, s sequence, d width."""
-
-    node: Node
-    axes: str = _BHSD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Found:
     softcap: float = 0.0
     masks: tuple[Mask, ...] = ()
     is_causal: bool = False
-    out_axes: str = _BHSD
+    out_axes: str = BHSD
 
 
 def candidates(draft: Draft, roles: Roles) -> list[Node]:
@@ -76,7 +73,7 @@ def _is_length(size: Any, roles: Roles) -> bool:
 
 def _read_sdpa(node: Node) -> Found:
     q, k, v = (argument(node, name) for name in ("query", "key", "value"))
-    _check_rank(node, q, k, v)
+    check_rank(q, k, v)
     if argument(node, "dropout_p"):
         raise NotThisFormError("it has dropout")
     scale, mask = argument(node, "scale"), argument(node, "attn_mask")
@@ -99,18 +96,12 @@ def _first_result(node: Node) -> Node:
     return users[0]
 
 
-def _check_rank(node: Node, *operands: Node) -> None:
-    for operand in operands:
-        if operand.meta["val"].dim() != 4:
-            raise NotThisFormError(f"{operand.name} has {operand.meta['val'].dim()} axes, not [B,H,S,D]")
-
-
 def _read_explicit(draft: Draft, roles: Roles, softmax: Node) -> Found:
     if argument(softmax, "dim") not in (-1, softmax.meta["val"].dim() - 1):
         raise NotThisFormError("its softmax is not over the keys")
     scores = _Scores(draft, roles).read(softmax.args[0])  # type: ignore[arg-type]
-    q, k = _product(scores.product, "qk")
-    out, v, out_axes = _weighted_sum(softmax)
+    q, k = product(scores.product)
+    out, v, out_axes = weighted_sum(softmax)
     q, k, v = (Operand(_without_upcast(operand.node), operand.axes) for operand in (q, k, v))
     return Found(out, q, k, v, scores.scale, scores.softcap, tuple(scores.masks), False, out_axes)
 
@@ -136,7 +127,7 @@ class _Scores:
 
     def read(self, node: Node) -> _Scores:
         """Walk from `node`; raises NotThisFormError at the first call that is none of these."""
-        while not _is_product(node):
+        while not is_product(node):
             node = self._step(node)
         self.product = node
         return self
@@ -147,7 +138,7 @@ class _Scores:
         return self.factor * self.softcap if self.softcap else self.factor
 
     def _step(self, node: Node) -> Node:
-        if any(is_call(node, cast) for cast in _CASTS):
+        if any(is_call(node, cast) for cast in CASTS):
             return node.args[0]  # type: ignore[return-value]
         if is_call(node, aten.mul) or is_call(node, aten.div):
             return self._scaled(node)
@@ -162,7 +153,7 @@ class _Scores:
             return self._filled(node)
         if is_call(node, aten.where):
             return self._chosen(node)
-        raise NotThisFormError(f"its scores go through {node.name} ({_name(node)})")
+        raise NotThisFormError(f"its scores go through {node.name} ({op_name(node)})")
 
     def _is_masking(self, node: Node) -> bool:
         return any(is_call(node, op) for op in (aten.add, aten.masked_fill, aten.where))
@@ -212,77 +203,3 @@ class _Scores:
             return float(tensor)
         except (NotEvaluableError, RuntimeError, ValueError, TypeError) as error:
             raise NotThisFormError(f"{node.name} scales or fills with something that is no constant") from error
-
-
-def _is_product(node: Node) -> bool:
-    return any(is_call(node, op) for op in (aten.matmul, aten.bmm, aten.mm, aten.baddbmm, aten.einsum))
-
-
-def _product(node: Node, which: str) -> tuple[Operand, Operand]:
-    """The two operands of a product of [B,H,S,*] tensors; `which` is "qk" (width is summed) or "pv" (keys are)."""
-    if is_call(node, aten.einsum):
-        return _einsum(node, which)
-    if not is_call(node, aten.matmul) or node.meta["val"].dim() != 4:
-        raise NotThisFormError(f"{node.name} ({_name(node)}) is no product of [B,H,S,D] tensors")
-    left, right = node.args
-    _check_rank(node, left, right)  # type: ignore[arg-type]
-    return Operand(left), Operand(right, "bhds" if which == "qk" else _BHSD)  # type: ignore[arg-type]
-
-
-def _einsum(node: Node, which: str) -> tuple[Operand, Operand]:
-    """Letters by their place: those of the output and both operands, the summed one, and the rows' and columns'."""
-    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
-    terms = equation.replace("->", ",").split(",")
-    if "." in equation or len(terms) != 3 or any(len(term) != 4 for term in terms):
-        raise NotThisFormError(f"{node.name} is the einsum {equation!r}")
-    left, right, out = terms
-    shared = [letter for letter in left if letter in right and letter in out]
-    summed = [letter for letter in left if letter in right and letter not in out]
-    if len(shared) != 2 or len(summed) != 1:
-        raise NotThisFormError(f"{node.name} is the einsum {equation!r}")
-    row = next(letter for letter in left if letter not in right)
-    column = next(letter for letter in right if letter not in left)
-    batch, head = sorted(shared, key=left.index)
-    names = {batch: "b", head: "h"}
-    first = {**names, row: "s", summed[0]: "d"}
-    second = {**names, **({column: "s", summed[0]: "d"} if which == "qk" else {summed[0]: "s", column: "d"})}
-    first_operand, second_operand = operands  # type: ignore[misc]
-    return (
-        Operand(first_operand, "".join(first[c] for c in left)),
-        Operand(second_operand, "".join(second[c] for c in right)),
-    )
-
-
-def _out_axes(node: Node) -> str:
-    """Axis order of what the product of probabilities and values returns."""
-    if not is_call(node, aten.einsum):
-        return _BHSD
-    left, right, out = str(node.args[0]).replace(" ", "").replace("->", ",").split(",")
-    batch, head = sorted((c for c in left if c in right and c in out), key=left.index)
-    row = next(c for c in left if c not in right)
-    return "".join({batch: "b", head: "h", row: "s"}.get(c, "d") for c in out)
-
-
-def _weighted_sum(softmax: Node) -> tuple[Node, Operand, str]:
-    """From the probabilities on to their product with v."""
-    node = softmax
-    while True:
-        users = list(node.users)
-        if len(users) != 1:
-            raise NotThisFormError(f"its probabilities {node.name} are used {len(users)} times")
-        user = users[0]
-        if _is_product(user):
-            break
-        if is_call(user, aten.dropout) and (argument(user, "train") is False or argument(user, "p") == 0):
-            node = user
-        elif any(is_call(user, cast) for cast in _CASTS):
-            node = user
-        else:
-            raise NotThisFormError(f"its probabilities go through {user.name} ({_name(user)})")
-    if node not in (user.args[0], *(user.args[1] if isinstance(user.args[1], list | tuple) else ())[:1]):
-        raise NotThisFormError(f"{user.name} multiplies the probabilities from the right")
-    return user, _product(user, "pv")[1], _out_axes(user)
-
-
-def _name(node: Node) -> str:
-    return str(getattr(node.target, "overloadpacket", node.target))

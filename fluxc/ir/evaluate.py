@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from fluxc.ir.graph import Draft, is_call, walk_back
 
@@ -24,6 +25,8 @@ class NotEvaluableError(Exception):
 
 class Evaluator:
     """Values of nodes for given values of some of them; sizes come from `sizes`, weights from the program.
+
+    Calls that write in place write to copies: no value and no weight changes.
 
     `sizes` maps size symbols to numbers. The sizes of a tensor are read off its symbolic shape, so that a value
     that depends on the shape of the tokens alone needs no tokens.
@@ -61,7 +64,13 @@ class Evaluator:
         if is_call(node, aten.sym_size):
             return self._size(node.meta["val"])
         shaped = {n: self._stand_in(n) for n in node.all_input_nodes if n not in self._values}
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: {**self._values, **shaped}[n])
+        written = set(written_arguments(node))
+
+        def value(source: Node) -> Any:
+            found = shaped[source] if source in shaped else self._values[source]
+            return found.clone() if source in written else found
+
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value)
         with torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -76,6 +85,17 @@ class Evaluator:
         if not value.is_Integer:
             raise NotEvaluableError(f"the size {size}")
         return int(value)
+
+
+def written_arguments(node: Node) -> list[Node]:
+    """The tensors that a call writes to in place."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    named = zip(schema.arguments, node.args, strict=False)
+    values = [value for argument, value in named if argument.alias_info and argument.alias_info.is_write]
+    values += [node.kwargs[a.name] for a in schema.arguments if a.name in node.kwargs and a.alias_info]
+    return [value for value in values if isinstance(value, Node)]
 
 
 def value_inputs(node: Node) -> list[Node]:
@@ -106,6 +126,12 @@ def depends_on(node: Node, sources: Iterable[Node]) -> bool:
 def backward_slice(node: Node, stop: Callable[[Node], bool] = lambda _: False) -> list[Node]:
     """Everything the node's value depends on, the node included."""
     return list(walk_back(node, stop))
+
+
+def mentioned_numbers(nodes: Iterable[Node]) -> set[int]:
+    """The whole numbers among the arguments of `nodes`, without their sign."""
+    leaves = [leaf for node in nodes for leaf in pytree.tree_leaves((node.args, dict(node.kwargs)))]
+    return {abs(leaf) for leaf in leaves if isinstance(leaf, int) and not isinstance(leaf, bool)}
 
 
 def weights_of(draft: Draft) -> dict[Node, torch.Tensor]:

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
-from fluxc.ir.evaluate import Evaluator, NotEvaluableError, backward_slice, depends_on, weights_of
+from fluxc.ir.evaluate import Evaluator, NotEvaluableError, backward_slice, depends_on, mentioned_numbers, weights_of
 from fluxc.ir.graph import Draft, is_call
 from fluxc.ir.roles import Roles
 
@@ -101,22 +100,18 @@ def _paddings(batch: int, length: int, roles: Roles) -> Iterator[_Case]:
 
 def _sampled(number: int) -> _Case:
     """A few tokens whose distances lie around `number`, instead of all."""
-    near = range(number - 4, number + 5)
-    index = sorted({0, 1, 2, 3, *near, *(n + number for n in near)})
+    near, last = range(number - 4, number + 5), range(2 * number - 8, 2 * number + 1)
+    index = sorted({0, 1, 2, 3, *near, *last})
     return _Case(1, len(index), torch.ones(1, len(index), dtype=torch.bool), index=torch.tensor(index))
 
 
 def _numbers(draft: Draft, masks: list[Mask]) -> tuple[set[int], int]:
     """Whole numbers the masks mention (windows), and the length of the shortest table they read."""
     weights = weights_of(draft)
-    numbers: set[int] = set()
-    limit = 2**31
-    for node in {n for mask in masks for n in backward_slice(mask.node)}:
-        leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))
-        numbers.update(abs(x) for x in leaves if isinstance(x, int) and not isinstance(x, bool))
-        if node in weights and weights[node].dim() >= 2:
-            limit = min(limit, weights[node].shape[-1])
-    return {n for n in numbers if _MENTIONED_FROM < n < limit}, limit
+    nodes = {n for mask in masks for n in backward_slice(mask.node)}
+    tables = [weights[node].shape[-1] for node in nodes if node in weights and weights[node].dim() >= 2]
+    limit = min(tables, default=2**31)
+    return {n for n in mentioned_numbers(nodes) if _MENTIONED_FROM < n < limit}, limit
 
 
 def _seen(draft: Draft, roles: Roles, masks: list[Mask], is_causal: bool, case: _Case) -> Tensor:
@@ -198,4 +193,3 @@ def _difference(seen: Tensor, distance: Tensor, rows: Tensor) -> str:
 
 def _line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
-

@@ -36,14 +36,25 @@ class Roles:
         """The symbol of the padded length."""
         return self.tokens.meta["val"].shape[1].node.expr
 
+    @property
+    def lengths(self) -> set[Any]:
+        """Every symbol that stands for the length: an exporter may give each input its own."""
+        return {
+            node.meta["val"].shape[-1].node.expr for node in self._inputs() if not _fixed(node.meta["val"].shape[-1])
+        }
+
+    @property
+    def batches(self) -> set[Any]:
+        """Every symbol that stands for the batch size."""
+        sizes = [node.meta["val"].shape[0] for node in self._inputs() if node.meta["val"].dim() == 2]
+        return {size.node.expr for size in sizes if not _fixed(size)}
+
     def sizes(self, batch: int, length: int) -> dict[Any, int]:
-        """Numbers for the size symbols of all inputs (an exporter may give each input symbols of its own)."""
-        sizes: dict[Any, int] = {}
-        for node in filter(None, (self.arange, self.positions, self.padding, self.tokens)):
-            shape = node.meta["val"].shape
-            values = (batch, length) if len(shape) == 2 else (length,)
-            sizes.update({size.node.expr: n for size, n in zip(shape, values, strict=True) if not _fixed(size)})
-        return sizes
+        """Numbers for the size symbols of all inputs."""
+        return {**dict.fromkeys(self.batches, batch), **dict.fromkeys(self.lengths, length)}
+
+    def _inputs(self) -> list[Node]:
+        return [node for node in (self.tokens, self.padding, self.positions, self.arange) if node is not None]
 
 
 def read_roles(draft: Draft) -> Roles:
