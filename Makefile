@@ -1,3 +1,4 @@
+# make demo        a real model in, a calibrated routed model out, and what that changed (half an hour on 2 cores)
 # make test        ruff and the default tests (at most 10 minutes on 2 cores)
 # make test-full   all tests, also the slow ones
 # make lint        ruff and mypy
@@ -15,10 +16,17 @@ RUN := $(BIN)/python -P
 CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3)
 SUITABLE := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 
-.PHONY: help test test-full lint clean
+.PHONY: help demo test test-full lint clean clean-demo
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+# The model is transformed once; `make clean-demo` forgets it. Interrupted measurements are taken up again.
+demo: $(VENV)/demo.stamp
+	@mkdir -p out
+	[ -d out/smollm2.flux ] || $(BIN)/fluxc transform smollm2 --budget 0.4 -o out/smollm2.flux
+	$(RUN) -m fluxc.bench.demo out/smollm2.flux -o out/demo.json
+	$(BIN)/fluxc run out/smollm2.flux --no-timing --max-new-tokens 16 --prompt "What is the capital of France?"
 
 test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -39,7 +47,10 @@ lint: $(VENV)/test.stamp
 	ln -s $(CURDIR)/fluxc/* $(CURDIR)/passes $(CURDIR)/kernels $(CURDIR)/exporters build/typed/fluxc/
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fluxc
 
-clean:
+clean-demo:
+	rm -rf out/smollm2.flux out/smollm2.flux.measuring out/demo.json
+
+clean: clean-demo
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # torch comes first and alone: its exact version from the constraints decides which build is taken.

@@ -88,7 +88,8 @@ def test_ops_are_the_folders() -> None:
 
 
 def test_no_file_has_two_jobs() -> None:
-    lengths = {name: len((ROOT / name).read_text().splitlines()) for name in python_files()}
+    ours = [name for name in python_files() if not name.startswith("tests/")]
+    lengths = {name: len((ROOT / name).read_text().splitlines()) for name in ours}
     assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 

@@ -63,12 +63,12 @@ def group(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code (see `fluxc.cli.main`)."""
+def run(argv: Sequence[str] | None = None, command: click.Command = group, name: str = "fluxc") -> int:
+    """Run a command line (`fluxc`, or another command of this frame) and return its exit code; see `fluxc.cli.main`."""
     screen = Screen()
     try:
         with _quiet_libraries():
-            code = group.main(args=argv, prog_name="fluxc", standalone_mode=False, obj=screen)
+            code = command.main(args=argv, prog_name=name, standalone_mode=False, obj=screen)
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, click.Abort, InterruptedRunError):
         screen.interrupted()

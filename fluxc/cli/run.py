@@ -113,7 +113,7 @@ def _answer(screen: Screen, model: FluxModel, ids: list[int], **options: Any) ->
 def _time(screen: Screen, model: FluxModel, ids: list[int], **options: Any) -> PrefillReport:
     from fluxc.runtime.measure import measure_prefill
 
-    return measure_prefill(model, ids, progress=screen.progress(), **options)
+    return measure_prefill(model, ids, guard=True, progress=screen.progress(), **options)
 
 
 def _routing(model: FluxModel, answer: Generation, budget: float | None, forced: str | None) -> list[str]:
