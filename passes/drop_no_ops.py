@@ -77,7 +77,7 @@ def _weights(draft: Draft) -> list[tuple[Node, Any]]:
     found = []
     for node, spec in zip(draft.placeholders(), draft.input_specs, strict=True):
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-            tensor = draft.state_dict.get(spec.target, draft.constants.get(spec.target))
+            tensor = draft.state_dict.get(str(spec.target), draft.constants.get(str(spec.target)))
             found.append((node, tensor))
     return found
 

@@ -87,15 +87,15 @@ def _retype_weights(draft: Draft, dtype: torch.dtype) -> int:
     cast: dict[int, Any] = {}
     count = 0
     for node, spec in zip(draft.placeholders(), draft.input_specs, strict=True):
-        val = node.meta.get("val")
-        if spec.kind not in _WEIGHTS or not _follows(node, val, spec.target):
+        val, name = node.meta.get("val"), str(spec.target)
+        if spec.kind not in _WEIGHTS or not _follows(node, val, name):
             continue
-        tensors = draft.state_dict if spec.target in draft.state_dict else draft.constants
-        tensor = tensors[spec.target]
-        tensors[spec.target] = cast.setdefault(id(tensor), _cast(tensor, dtype))
-        count += tensor.dtype != dtype or val.dtype != dtype
+        tensors = draft.state_dict if name in draft.state_dict else draft.constants
+        tensor = tensors[name]
+        tensors[name] = cast.setdefault(id(tensor), _cast(tensor, dtype))
+        count += tensor.dtype != dtype or val.dtype != dtype  # type: ignore[union-attr]
         with draft.fake_mode:
-            node.meta["val"] = val.to(dtype)
+            node.meta["val"] = val.to(dtype)  # type: ignore[union-attr]
     return count
 
 

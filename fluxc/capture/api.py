@@ -117,6 +117,7 @@ def _meta(model: Any, name: str, check: dict[str, Any]) -> dict[str, Any]:
 
 def _eos_ids(model: Any) -> list[int]:
     """Token ids that end an answer, from the generation settings or else the config; may be empty."""
-    settings = (getattr(model, "generation_config", None), model.config)
-    ids = next((s.eos_token_id for s in settings if getattr(s, "eos_token_id", None) is not None), [])
-    return [int(ids)] if isinstance(ids, int) else [int(i) for i in ids]
+    settings: list[Any] = [getattr(model, "generation_config", None), model.config]
+    found = [getattr(one, "eos_token_id", None) for one in settings]
+    ids: Any = next((one for one in found if one is not None), [])
+    return [int(ids)] if isinstance(ids, int) else [int(one) for one in ids]

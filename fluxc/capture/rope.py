@@ -41,7 +41,7 @@ def choose_longrope_by_position(model: nn.Module) -> None:
         short, long, limit = _tables(module)
         module.register_buffer(_SHORT, short, persistent=False)
         module.register_buffer(_LONG, long, persistent=False)
-        module.forward = _forward(module, limit)  # type: ignore[method-assign]
+        module.forward = _forward(module, limit)
 
 
 def _longrope_modules(model: nn.Module) -> Iterator[nn.Module]:

@@ -139,9 +139,9 @@ def _load(location: Location, config: Any) -> tuple[Any, dict[str, Any]]:
     wanted["dtype"] = torch.float32 if location.file else "auto"
     if location.file:
         wanted.update(_dequantize())
-    return AutoModelForCausalLM.from_pretrained(
-        location.path, config=config, attn_implementation="eager", output_loading_info=True, **wanted
-    )
+    wanted.update(config=config, attn_implementation="eager", output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(location.path, **wanted)
+    return loaded
 
 
 def _dequantize() -> dict[str, Any]:

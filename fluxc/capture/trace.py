@@ -45,11 +45,18 @@ def _captured_forward(twin: Any) -> Any:
     plain, head = twin.forward, twin.get_output_embeddings()
 
     def forward(input_ids: Tensor, position_ids: Tensor, seq_lens: Tensor, logits_at: Tensor) -> Tensor:
-        handle = head.register_forward_pre_hook(lambda _, args: (_rows(args[0], logits_at), *args[1:]))
+        taken: list[bool] = []
+
+        def take_rows(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            taken.append(True)
+            return (_rows(args[0], logits_at), *args[1:])
+
+        handle = head.register_forward_pre_hook(take_rows)
         try:
-            return plain(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+            logits = plain(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
         finally:
             handle.remove()
+        return logits if taken else _rows(logits, logits_at)
 
     return forward
 
