@@ -27,8 +27,7 @@ from fluxc.calibrate.prompts import generated_prompts
 from fluxc.calibrate.runner import run_prompt
 from fluxc.data import HELDOUT, LOCAL, TASKS, TEXT, TokenizedPrompt, corpus, generate
 from fluxc.errors import OptionError
-from fluxc.runtime import load_flux
-from fluxc.runtime.model import FluxModel
+from fluxc.runtime.model import FluxModel, load_flux
 
 SEED = 1000
 
@@ -79,7 +78,7 @@ def run_suite(
             outcome = run_prompt(model.routed, prompt, system.bias.to(model.device))
             routes = "".join("1" if full else "0" for full in outcome.routes)
             row = {"prompt": index, "task": prompt.task, "tokens": len(prompt), "system": system.name}
-            rows.append(row | {"loss": outcome.loss, "exact": outcome.exact, "routes": routes})
+            rows.append(row | {"loss": outcome.loss, "exact": outcome.exact if prompt.asks else None, "routes": routes})
             bar()
     return rows
 

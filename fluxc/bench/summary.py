@@ -43,7 +43,7 @@ def summaries(rows: list[Row]) -> list[dict[str, Any]]:
 
 def _summary(name: str, rows: list[Row], dense: list[float]) -> dict[str, Any]:
     losses = [row["loss"] for row in rows]
-    asked = [row["exact"] for row in rows if group_of(row["task"]) != "text"]
+    asked = [row["exact"] for row in rows if row["exact"] is not None]
     more, low, high = paired_interval(losses, dense)
     return {
         "system": name,

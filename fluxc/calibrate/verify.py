@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fluxc.calibrate.runner import Outcome, run_prompt
-from fluxc.data import TokenizedPrompt, group_of
+from fluxc.data import TokenizedPrompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +58,8 @@ def run_all(
 
 
 def summarise(outcomes: Sequence[Outcome], prompts: Sequence[TokenizedPrompt]) -> Summary:
-    """Plain means over the given prompts; `exact` counts prompts outside the group text."""
-    asked = [o.exact for o, p in zip(outcomes, prompts, strict=True) if group_of(p.task) != "text"]
+    """Plain means over the given prompts; `exact` counts prompts that ask for an answer."""
+    asked = [o.exact for o, p in zip(outcomes, prompts, strict=True) if p.asks]
     return Summary(
         prompts=len(outcomes),
         loss=_mean([o.loss for o in outcomes]),

@@ -11,6 +11,7 @@ import copy
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.export.exported_program import ExportedProgram, ModuleCallEntry
 from torch.export.graph_signature import (
     ExportGraphSignature,
@@ -119,13 +120,14 @@ class Draft:
 
         `name` (made unique) is what errors, dumps and goldens show; default is the op's own name.
         """
-        name = name or getattr(target, "_opname", None)
-        return self.refresh(self.graph.create_node("call_function", target, args, kwargs or {}, name=name))
+        known = name or getattr(target, "_opname", None)
+        return self.refresh(self.graph.create_node("call_function", target, args, kwargs or {}, name=known))
 
     def refresh(self, node: Node) -> Node:
         """Recompute `meta["val"]` of a call_function node from the fake values of its arguments."""
         args, kwargs = pytree.tree_map_only(Node, _value_of, (node.args, node.kwargs))
-        with self.fake_mode:
+        # The dispatcher lets ops that torch decomposes (linear on torch 2.11) keep symbolic sizes.
+        with self.fake_mode, enable_python_dispatcher():
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
         return node
 
@@ -178,7 +180,7 @@ class Draft:
             if isinstance(spec.arg, TensorArgument):
                 spec.arg.name = node.name
         for node, out in zip(self.output.args[0], self.output_specs, strict=True):  # type: ignore[arg-type]
-            out.arg.name = node.name  # type: ignore[union-attr]
+            out.arg.name = node.name
 
     def _module_call_graph(self) -> list[ModuleCallEntry]:
         from torch.export.exported_program import ModuleCallSignature
