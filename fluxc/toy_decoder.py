@@ -67,6 +67,8 @@ def toy_routed_inputs(layers: int, bias: float | Tensor, batch: int = 2, length:
 class ToyDecoder(torch.nn.Module):
     """Embedding, decoder layers, norm and head."""
 
+    inv_freq: Tensor
+
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()
         self.embed = torch.nn.Embedding(config.vocab, config.hidden)

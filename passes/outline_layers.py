@@ -50,7 +50,7 @@ class _Cutter:
         self._paths = layer_paths(self._attentions)
         self._held = attributes(program)
         self.last = len(self._attentions) + 1
-        self.outputs: list[Node] = list(program.graph.output_node().args[0])  # type: ignore[arg-type]
+        self.outputs: list[Node] = list(program.graph.output_node().args[0])
         self._nodes: list[list[Node]] = [[] for _ in range(self.last + 1)]
         for node, stage in stages.items():
             self._nodes[stage].append(node)
@@ -63,8 +63,8 @@ class _Cutter:
         held, weights = self._hold(stage)
         leaving = self.outputs if stage == self.last else self._leaving(stage)
         module = build_part(self._nodes[stage], entering, leaving, held)
-        names = (tuple(node.name for node in group) for group in (entering, leaving))
-        return module, dataclasses.replace(Interface(*names, weights), **self._layer_fields(stage, leaving))
+        enters, leaves = (tuple(node.name for node in group) for group in (entering, leaving))
+        return module, Interface(enters, leaves, weights, **self._layer_fields(stage, leaving))
 
     def _leaving(self, stage: int) -> list[Node]:
         later = {node for nodes in self._needed[stage + 1 :] for node in nodes}
@@ -73,7 +73,8 @@ class _Cutter:
     def _hold(self, stage: int) -> tuple[dict[Node, tuple[str, Any]], dict[str, str]]:
         """Attributes of the part under their names in it, and its weights' names in the program (case 3)."""
         prefixes = self._prefixes(stage)
-        held, weights = {}, {}
+        held: dict[Node, tuple[str, Any]] = {}
+        weights: dict[str, str] = {}
         for node in self._needed[stage]:
             if node in self._held:
                 name, value = self._held[node]

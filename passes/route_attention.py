@@ -93,7 +93,8 @@ def _add_route_bias(draft: Draft, layers: int) -> Node:
 
 
 def _set_outputs(draft: Draft, routes: list[Node]) -> None:
-    logits, scores = draft.output.args[0]  # type: ignore[misc]
+    outputs: Any = draft.output.args[0]
+    logits, scores = outputs
     with draft.inserting_before(draft.output):
         stacked = draft.call(aten.stack.default, (routes,), name="routes")
-    draft.set_outputs([logits, stacked, scores])  # type: ignore[list-item]
+    draft.set_outputs([logits, stacked, scores])

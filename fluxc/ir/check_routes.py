@@ -59,7 +59,8 @@ def router_problems(program: ExportedProgram, stage: str) -> Iterator[str]:
             yield f"there is no weight {name}"
         elif tensor.dtype != torch.float32:
             yield f"the router weight {name} is {tensor.dtype}, not float32"
-    scores = program.graph.output_node().args[0][-1]  # type: ignore[index]
+    outputs: Any = program.graph.output_node().args[0]
+    scores = outputs[-1]
     if not is_call(scores, aten.stack) or len(scores.args[0]) != len(layers):
         yield f"the output scores is not a stack of {len(layers)} scores"
 
@@ -104,9 +105,9 @@ def _setting_problems(node: Node) -> Iterator[str]:
 
 def _bias_and_score(route: Node) -> tuple[Any, Any]:
     """(index, score) of a route = score + route_bias[index] > 0; (None, None) for another expression."""
-    biased = route.args[0]
+    biased: Any = route.args[0]
     if not is_call(route, aten.gt) or not is_call(biased, aten.add):
         return None, None
-    score, bias = biased.args  # type: ignore[union-attr]
+    score, bias = biased.args
     is_row = is_call(bias, aten.select) and str(bias.args[0]) == "route_bias"
     return (bias.args[2], score) if is_row else (None, None)

@@ -42,13 +42,13 @@ def signature_problems(program: ExportedProgram, stage: str) -> Iterator[str]:
     changed = [s.arg.name for s in program.graph_signature.output_specs if s.kind != OutputKind.USER_OUTPUT]
     if changed:
         yield f"the program writes to its weights or inputs ({', '.join(changed)})"
-    results = program.graph.output_node().args[0]
+    results: Any = program.graph.output_node().args[0]
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     named = [(name, nodes[name]) for name in inputs]
-    if len(results) != len(outputs):  # type: ignore[arg-type]
-        yield f"{len(results)} outputs, not {', '.join(outputs)}"  # type: ignore[arg-type]
+    if len(results) != len(outputs):
+        yield f"{len(results)} outputs, not {', '.join(outputs)}"
     else:
-        named += list(zip(outputs, results, strict=True))  # type: ignore[arg-type]
+        named += list(zip(outputs, results, strict=True))
     sizes: dict[str, str] = {}
     for name, node in named:
         yield from _type_problems(name, node, sizes)

@@ -62,8 +62,8 @@ def module_text(module: GraphModule, name: str, program: ExportedProgram) -> str
 
 def program_diff(before: ExportedProgram, after: ExportedProgram) -> str:
     """What changed from one program's text to another's: lines with - and +, one line of context."""
-    texts = (program_text(program).splitlines() for program in (before, after))
-    lines = list(difflib.unified_diff(*texts, "before", "after", lineterm="", n=1))[2:]
+    old, new = program_text(before).splitlines(), program_text(after).splitlines()
+    lines = list(difflib.unified_diff(old, new, lineterm="", n=1))[2:]
     return "\n".join("..." if line.startswith("@@") else line for line in lines) + "\n"
 
 
