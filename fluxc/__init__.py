@@ -10,7 +10,11 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_VERBS: dict[str, str] = {"capture": "fluxc.capture.api"}
+_VERBS: dict[str, str] = {
+    "capture": "fluxc.capture.api",
+    "transform": "fluxc.calibrate.transform",
+    "calibrate": "fluxc.calibrate.retarget",
+}
 
 __all__ = ["__version__", *_VERBS]
 

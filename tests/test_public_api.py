@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+
+import pytest
 
 import fluxc
 
@@ -17,6 +20,13 @@ def loaded_by(code: str) -> set[str]:
 def test_everything_listed_can_be_had() -> None:
     for name in fluxc.__all__:
         assert getattr(fluxc, name) is not None
+
+
+@pytest.mark.parametrize("name", ["capture", "calibrate"])
+def test_a_verb_that_is_a_package_too_can_be_called_again(name: str) -> None:
+    importlib.import_module(f"fluxc.{name}")
+    with pytest.raises(TypeError, match="argument"):
+        getattr(fluxc, name)()
 
 
 def test_import_is_cheap() -> None:

@@ -32,15 +32,11 @@ def calibrate(screen: Screen, flux: Path, budget: float | None, dry_run: bool) -
     Only plan.json changes: the biases for every budget were found by `fluxc transform`. To try a budget on one prompt,
     `fluxc run` takes --budget too.
     """
-    from fluxc.artifact import update_plan
-    from fluxc.flux_dir import open_flux
+    from fluxc.calibrate import retarget
 
     if budget is None:
         raise OptionError("say which budget", hint="--budget 0.3, or --sparse-ratio 0.7")
-    old = open_flux(flux, verify_weights=False).plan
-    new = old.with_budget(budget)
-    if not dry_run:
-        update_plan(flux, new)
+    old, new = retarget.calibrate(flux, budget=budget, dry_run=dry_run)
     screen.show(f"{'would change' if dry_run else 'changed'} {flux} from {_both(old)} to {_both(new)}")
     screen.result({"flux": str(flux), "dry_run": dry_run, "before": old.budget, "after": new.budget})
 
