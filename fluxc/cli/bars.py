@@ -1,4 +1,4 @@
-"""Progress on stderr: bars on a terminal, one line per finished stage elsewhere."""
+"""Progress on stderr: bars on a terminal; elsewhere a line for each finished stage, and one now and then."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+EVERY = 60.0
+"""Seconds between two lines of a long stage where there is no terminal."""
 
 
 class Bars:
@@ -17,12 +20,15 @@ class Bars:
         self._live: Progress | None = None
         self._task: Any = None
         self._name = ""
-        self._begun = 0.0
+        self._begun = self._said = 0.0
+        self._done = 0
+        self._total: int | None = None
 
     def start(self, name: str, total: int | None = None) -> None:
         """See Progress.start."""
         self._finish()
         self._name, self._begun = name, time.monotonic()
+        self._done, self._total, self._said = 0, total, self._begun
         if self._console.is_terminal:
             self._live = self._live or _new_bars(self._console)
             self._task = self._live.add_task(name, total=total)
@@ -30,8 +36,12 @@ class Bars:
 
     def advance(self, steps: int = 1) -> None:
         """See Progress.advance."""
+        self._done += steps
         if self._live and self._task is not None:
             self._live.advance(self._task, steps)
+        elif time.monotonic() - self._said > EVERY:
+            self._said = time.monotonic()
+            self._line(f"{self._name}: {self._done} of {self._total or 'unknown'} ({self._said - self._begun:.0f} s)")
 
     def note(self, text: str) -> None:
         """See Progress.note."""
