@@ -19,9 +19,10 @@ from torch import Tensor
 
 from fluxc.kernels.row_plan import Segment
 
-# The CPU flash kernel works in blocks of 64 rows from 192 on, of 32 below.
+# The CPU flash kernel works in blocks of 64 rows from 192 on, of 32 below; fewer tokens than 64 cost too many calls.
 FOLDED_ROWS = 192
-MIN_CHUNK_ROWS = 32
+FEW_TOKENS = 64
+FEWEST_TOKENS = 32  # for windows narrower than twice this
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def unfold(x: Tensor, groups: int) -> Tensor:
 
 def chunk_rows(window: int, groups: int) -> int:
     """Tokens of a chunk: all heads of a group together fill the kernel's blocks, and the mask hides little."""
-    return max(MIN_CHUNK_ROWS, min(FOLDED_ROWS // groups, window // 2))
+    return max(FEWEST_TOKENS, min(max(FEW_TOKENS, FOLDED_ROWS // groups), window // 2))
 
 
 def band_mask(rows: int, sink: int, window: int, like: Tensor) -> Tensor:

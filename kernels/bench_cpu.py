@@ -76,9 +76,10 @@ def main(lengths: tuple[int, ...], rounds: int, threads: int, dtype: str, clock:
         check(case, kind)
         for S in lengths:
             rows += list(measure(case, S, kind, rounds, CLOCKS[clock]))
-    Console().print(table(rows, f"{dtype}, {torch.get_num_threads()} threads, {clock} clock, batch 1"))
+    Console(width=110).print(table(rows, f"{dtype}, {torch.get_num_threads()} threads, {clock} clock, batch 1"))
     if out:
-        out.write_text(json.dumps({"conditions": conditions(dtype, clock, rounds), "rows": list(map(asdict, rows))}))
+        measured = {"conditions": conditions(dtype, clock, rounds), "rows": list(map(asdict, rows))}
+        out.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 @torch.no_grad()
@@ -156,12 +157,20 @@ def conditions(dtype: str, clock: str, rounds: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "machine": platform.machine(),
+        "processor": processor(),
         "dtype": dtype,
         "clock": clock,
         "rounds": rounds,
         "triangle_last": CASES[0].last,
     }
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

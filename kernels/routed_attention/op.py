@@ -66,11 +66,16 @@ def run(
 
 def _branch(call: RowCall, is_full: bool, rows: slice, layer: int) -> Tensor:
     opt, qkv = call.options, (call.q[rows], call.k[rows], call.v[rows])
-    common = {"scale": opt.scale, "layer": layer, "softcap": opt.softcap, "sink_logits": call.sink_logits}
+    common: dict[str, Any] = {
+        "scale": opt.scale,
+        "layer": layer,
+        "softcap": opt.softcap,
+        "sink_logits": call.sink_logits,
+    }
     if is_full:
         return attention.run(*qkv, **common)
     common |= {"sink": opt.sink, "window": opt.window}
     if opt.kind == "streaming":
         return streaming_attention.run(*qkv, **common)
-    prompt_lens = call.prompt_lens[rows]
-    return triangle_attention.run(*qkv, prompt_lens, last=opt.last, decode_full=opt.decode_full, **common)
+    assert call.prompt_lens is not None, "the op's schema makes it an argument"
+    return triangle_attention.run(*qkv, call.prompt_lens[rows], last=opt.last, decode_full=opt.decode_full, **common)

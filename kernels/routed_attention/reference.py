@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,9 +29,9 @@ def routed_attention(
     sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Full attention where route[b], else the sparse kind -> [B,S,H,Dv]. Streaming is triangle with last = 0."""
-    how = {"scale": scale, "layer": layer, "softcap": softcap, "sink_logits": sink_logits}
+    how: dict[str, Any] = {"scale": scale, "layer": layer, "softcap": softcap, "sink_logits": sink_logits}
     full = attention(q, k, v, **how)
     last = last if kind == "triangle" else 0
-    sizes = {"sink": sink, "window": window, "last": last, "decode_full": decode_full}
+    sizes: dict[str, Any] = {"sink": sink, "window": window, "last": last, "decode_full": decode_full}
     sparse = triangle_attention(q, k, v, prompt_lens, **sizes, **how)
     return torch.where(route[:, None, None, None], full, sparse)

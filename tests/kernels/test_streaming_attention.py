@@ -54,7 +54,7 @@ def test_edges_of_chunks(chunks, extra, window, groups):
 
 
 @pytest.mark.parametrize(
-    ("window", "groups", "rows"), [(1, 1, 32), (100, 1, 50), (1024, 1, 192), (1024, 3, 64), (512, 8, 32)]
+    ("window", "groups", "rows"), [(1, 1, 32), (100, 1, 50), (1024, 1, 192), (1024, 3, 64), (512, 8, 64)]
 )
 def test_a_chunk_fills_the_kernel_but_not_the_mask(window, groups, rows):
     assert chunk_rows(window, groups) == rows
