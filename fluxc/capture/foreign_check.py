@@ -38,8 +38,7 @@ class Original:
         args, kwargs = pytree.tree_unflatten(leaves, self._in_spec)
         with torch.no_grad():
             result = self._module(*args, **kwargs)
-        outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        return outputs[self._tensor_output()].float()
+        return pytree.tree_leaves(result)[self._logits].float()
 
     def _tensor(self, name: str, tokens: Tensor, lens: Tensor) -> Tensor:
         roles, index = self._roles, torch.arange(tokens.shape[1])
@@ -51,9 +50,6 @@ class Original:
             val = roles.positions.meta["val"]
             return index.to(val.dtype).expand(1 if val.shape[0] == 1 else tokens.shape[0], -1)
         return tokens.to(roles.tokens.meta["val"].dtype)
-
-    def _tensor_output(self) -> int:
-        return self._logits
 
 
 def check_program(

@@ -18,6 +18,7 @@ from fluxc.errors import CaptureError
 from fluxc.ir.evaluate import Evaluator
 from fluxc.ir.graph import Draft, argument, calls, is_call, user_inputs, walk_back
 from fluxc.ir.pass_base import Note, Pass
+from fluxc.ir.verifier import problems, verify
 from fluxc.passes.canonicalize_attention import CanonicalizeAttention
 from fluxc.passes.dead_code import DeadCode
 from fluxc.passes.drop_asserts import DropAsserts
@@ -86,6 +87,7 @@ def capture_program(
     """
     kernels.register()
     if user_inputs(program) == CAPTURED_INPUTS:
+        _check_captured(program)
         return Capture(program, _meta(program, source, None, {}), files_of_tokenizer(tokenizer))
     progress.start("recognising attention and positions")
     check_frozen(program)
@@ -96,6 +98,7 @@ def capture_program(
     exposed = ExposePositions().apply(found.program).program
     progress.start("exporting again")
     captured = _applied(export_captured(exposed, original.longest), *_NORMAL_FORM)
+    verify(captured, "captured")
     check: dict[str, Any] = {}
     if self_check:
         progress.start("checking")
@@ -109,6 +112,15 @@ def attention_notes(program: ExportedProgram) -> tuple[Note, ...]:
     """What `capture_program` would decide about each attention of a program, refusals included, without rewriting."""
     check_frozen(program)
     return CanonicalizeAttention(strict=False).apply(_prepared(program)).notes
+
+
+def _check_captured(program: ExportedProgram) -> None:
+    """A program with the captured signature is taken as it is, if it also keeps the other rules."""
+    check_frozen(program)
+    check_writes(program)
+    found = problems(program, "captured")
+    if found:
+        raise CaptureError(f"the program has the inputs of a captured one, but {found[0]}", hint="capture it again")
 
 
 def _prepared(program: ExportedProgram) -> ExportedProgram:
@@ -147,7 +159,7 @@ def _meta(program: ExportedProgram, source: str, longest: int | None, check: dic
         "source": source,
         "family": "program",
         "context": _context(program, longest),
-        "vocab": int(program.graph_signature and _logits_width(program)),
+        "vocab": _logits_width(program),
         "layers": len(calls(program, torch.ops.fluxc.attention)),
         "dtype": str(embedding.dtype).removeprefix("torch."),
         "eos_ids": [],

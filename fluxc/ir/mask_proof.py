@@ -175,14 +175,18 @@ def _window(seen: Tensor, case: _Case) -> int:
     return int((case.tokens[-1] - case.tokens)[last].max()) + 1
 
 
-def _check(seen: Tensor, case: _Case, window: int | None) -> None:
-    """Compare with causal, window and padding, in all rows that a valid token asks from."""
+def _check(seen: Tensor, case: _Case, window: int) -> None:
+    """Compare with causal and window, with or without key padding, in all rows that a valid token asks from."""
     distance = case.tokens.unsqueeze(1) - case.tokens.unsqueeze(0)
     causal = (distance >= 0) & (distance < window if window else distance >= 0)
-    expected = causal.unsqueeze(0) & case.padding.unsqueeze(1)
-    rows = (case.padding & expected.any(-1)).unsqueeze(1).expand(-1, seen.shape[1], -1)
-    if not torch.equal(seen[rows], expected.unsqueeze(1).expand_as(seen)[rows]):
+    padded = causal.unsqueeze(0) & case.padding.unsqueeze(1)
+    rows = (case.padding & padded.any(-1)).unsqueeze(1).expand(-1, seen.shape[1], -1)
+    if not any(torch.equal(seen[rows], _like(mask, seen)[rows]) for mask in (padded, causal.unsqueeze(0))):
         raise MaskRefusedError(_difference(seen, distance, rows))
+
+
+def _like(mask: Tensor, seen: Tensor) -> Tensor:
+    return mask.unsqueeze(1).expand_as(seen)
 
 
 def _difference(seen: Tensor, distance: Tensor, rows: Tensor) -> str:

@@ -99,7 +99,7 @@ class _Finder:
                 f"node {node.name} mixes positions with each other or with the prompt's length",
                 hint="fluxc needs values that depend on each token's own position (no dynamic NTK scaling)",
             )
-        value = self._runs[0](node)
+        value = self._first(node, self._runs[0])
         return not bool((value == value.narrow(axes[0], 0, 1)).all())
 
     def row_axis(self, node: Node) -> int:
@@ -133,7 +133,7 @@ class _Finder:
     def _classify(self, node: Node) -> Root | None:
         if node is self._roles.positions and node.meta["val"].shape[0] != 1:
             return Root(node, GIVEN)
-        if is_call(node, aten.slice) and node.args[0] in self._weights:
+        if is_call(node, aten.slice) and node.args[0] not in self._made:
             return self._rows(node)
         kind = self._shape_kind(node.meta["val"].shape)
         offsets = {_offset(run(node), run.valid) for run in self._runs} if kind else {None}
@@ -163,12 +163,14 @@ class _Finder:
 
     def _rows_agree(self, node: Node, axis: int) -> bool:
         """Whether a row is the same in a longer prompt, and in a larger batch."""
-        short, long = (run(node) for run in self._runs)
-        if in_batches(node, self._roles):  # the first: no token of it is padding
-            short, long = short[:1], long[:1]
+        short, long = (self._first(node, run) for run in self._runs)
         if short.shape[axis] != _SIZES[0][1] or long.shape[axis] != _SIZES[1][1]:
             return False
         return all(_starts_with(value, short, axis) for value in (long, *self._longer(node)))
+
+    def _first(self, node: Node, run: _Run) -> Tensor:
+        """The value for the first prompt, of which no token is padding."""
+        return run(node)[:1] if in_batches(node, self._roles) else run(node)
 
     def _longer(self, node: Node) -> Iterator[Tensor]:
         """Values in prompts past every number the table's code mentions, where a context may end."""

@@ -57,7 +57,7 @@ class Lift:
         return self._copies[flat, node]
 
     def _copied(self, node: Node, roots: dict[Node, Root], flat: bool) -> Node:
-        with self._draft.inserting_before(node):
+        with self._draft.inserting_before(self._place(node, flat)):
             if node in roots:
                 return self._root(roots[node], flat)
             if any((flat, source) not in self._copies for source in written_arguments(node)):
@@ -66,6 +66,10 @@ class Lift:
             copied = self._draft.call(node.target, args, kwargs)
         copied.meta.update({key: value for key, value in node.meta.items() if key not in ("val", "from_node")})
         return copied
+
+    def _place(self, node: Node, flat: bool) -> Node:
+        """Where the copy of a node goes: before it, or for an input (positions [1,S]) behind the vector."""
+        return self._flat_sizes()[-1].next if flat and node.op == "placeholder" else node
 
     def _source(self, node: Node, source: Node, flat: bool) -> Any:
         """What stands for an argument in the copy: sizes of the batch and the length become 1 and B*S."""
