@@ -85,7 +85,7 @@ def test_sink_logits_take_weight(features):
 
 
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
-@pytest.mark.parametrize("start", [[0, 0], [3, 40], [90, 77]])
+@pytest.mark.parametrize("start", [[0, 1], [3, 40], [90, 77]])
 def test_query_offset(features, start):
     q, k, v = random_qkv(2, 4, 2, 10, 8, T=100)
     start = torch.tensor(start)
