@@ -165,11 +165,14 @@ def _op_name(node: Node) -> str:
 
 
 def _without_defaults(node: Node) -> tuple[list[Any], dict[str, Any]]:
-    schema = getattr(node.target, "_schema", None)
-    defaults = {arg.name: arg.default_value for arg in schema.arguments if arg.has_default_value()} if schema else {}
+    """Arguments that say something, named ones in the schema's order (a saved program keeps no other)."""
+    arguments = getattr(getattr(node.target, "_schema", None), "arguments", ())
+    defaults = {arg.name: arg.default_value for arg in arguments if arg.has_default_value()}
+    names = [arg.name for arg in arguments if arg.name in node.kwargs] or list(node.kwargs)
+    kwargs = {name: node.kwargs[name] for name in names}
     missing = object()
-    kwargs = {name: value for name, value in node.kwargs.items() if not _equal(defaults.get(name, missing), value)}
-    return list(node.args), kwargs
+    said = {name: value for name, value in kwargs.items() if not _equal(defaults.get(name, missing), value)}
+    return list(node.args), said
 
 
 def _equal(default: Any, value: Any) -> bool:

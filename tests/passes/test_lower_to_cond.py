@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fluxc.archive import load_program, save_program
-from fluxc.ir.graph import calls, runnable
+from fluxc.ir.graph import Draft, calls, runnable
 from fluxc.ir.printer import program_text
 from fluxc.ir.sparse import SparseSettings
 from fluxc.passes.apply_plan import ApplyPlan
@@ -118,8 +118,6 @@ def test_aot_inductor_takes_the_program(lowered, tmp_path):
 
 
 def test_keys_that_are_values_are_passed_once(toy_routed):
-    from fluxc.ir.graph import Draft
-
     draft = Draft(toy_routed(ToyConfig(windows=(0,), rope="none")))
     node = next(n for n in draft.graph.nodes if n.name == "routed_attention")
     node.args = (node.args[0], node.args[1], node.args[1], *node.args[3:])
