@@ -3,7 +3,7 @@
 1. `slice(x, dim, 0, max)` with step 1: x.
 2. `dropout(x, p, train=False)` and `dropout(x, 0, ...)`: x.
 3. `to` with a device where x is on that device already: `to.dtype(x, dtype)`, so that no device is named.
-4. `detach`, `alias`, `lift_fresh_copy` of a constant: x. (Weights are frozen, no program mutates them.)
+4. `detach`, `alias`: x; also `lift_fresh_copy` of a constant that nobody writes to.
 5. A weight, buffer or constant that is the same tensor as an earlier one (tied embeddings): the earlier one.
 
     before: y = to.device(x, cpu, float32); z = slice(y, 1, 0, 9223372036854775807)
@@ -24,7 +24,7 @@ from fluxc.ir.graph import Draft, argument, is_call
 from fluxc.ir.pass_base import Note, Pass
 
 aten = torch.ops.aten
-_ALIASES = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.detach_.default)
+_ALIASES = (aten.detach.default, aten.alias.default, aten.detach_.default)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,18 @@ def _is_identity(node: Node) -> bool:
         return start in (0, None) and end in (sys.maxsize, None) and argument(node, "step") == 1
     if is_call(node, aten.dropout):  # case 2
         return argument(node, "train") is False or argument(node, "p") == 0
-    return node.target in _ALIASES  # case 4
+    return node.target in _ALIASES or (is_call(node, aten.lift_fresh_copy) and not _written(node))  # case 4
+
+
+def _written(node: Node) -> bool:
+    """Whether a call writes to the value of `node`, under this or another name."""
+    for user in node.users:
+        if user.target in _ALIASES:
+            if _written(user):
+                return True
+        elif getattr(getattr(user.target, "_schema", None), "is_mutable", False):
+            return True
+    return False
 
 
 def _forward_input(draft: Draft, node: Node) -> int:

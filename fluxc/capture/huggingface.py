@@ -19,6 +19,7 @@ from fluxc.capture.trace import trace
 from fluxc.capture.twin import MARKER, fp32_twin, model_dtype, reference_twin, trace_twin, weights_of
 from fluxc.errors import CaptureError
 from fluxc.ir.graph import calls
+from fluxc.ir.verifier import verify
 from fluxc.passes.dead_code import DeadCode
 from fluxc.passes.drop_asserts import DropAsserts
 from fluxc.passes.drop_no_ops import DropNoOps
@@ -43,6 +44,7 @@ def capture_model(model: Any) -> tuple[ExportedProgram, dict[str, Any]]:
     layers = probe_layers(reference_twin(model), context)
     program = _bound(_traced(model, context), model)
     _check_attentions(program, [layer.call.layer for layer in layers], type(model).__name__)
+    verify(program, "captured", "capture")
     edges = [layer.call.window for layer in layers] + _original_contexts(model.config)
     return program, self_check(*_comparable(program, model), context, edges)
 

@@ -30,7 +30,11 @@ class Case:
 
 
 def cases(context: int, edges: list[int]) -> list[Case]:
-    """Three lengths, two batches, one start past 0, and one length past each small window or original context."""
+    """Three lengths, two batches, one start past 0, and one length past each small window or original context.
+
+    `context` 0: the model does not say how many positions it has.
+    """
+    context = context or _CROSSABLE
     lengths = [*LENGTHS, *(edge + 3 for edge in sorted(set(edges)) if 0 < edge <= _CROSSABLE)]
     usable = sorted({min(length, context) for length in lengths})
     wanted = [Case(1, length) for length in usable]

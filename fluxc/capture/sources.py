@@ -109,12 +109,12 @@ def _file(path: Path) -> Location:
 
 
 def _gguf(path: Path, *, name: str) -> Location:
-    for package in ("gguf", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise SourceError(f"reading {name} needs the package {package}", hint="run `pip install 'fluxc[demo]'`")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise SourceError(f"{path} is not a GGUF file", hint=f"name {_KINDS}")
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise SourceError(f"reading {name} needs the package {package}", hint="run `pip install 'fluxc[demo]'`")
     return Location(name, str(path.parent), path.name)
 
 

@@ -159,6 +159,7 @@ def test_gguf_without_its_reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_truncated_gguf(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
     (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(16))
     with pytest.raises(SourceError, match=r"model\.gguf cannot be loaded"):
         fluxc.capture(tmp_path / "model.gguf")

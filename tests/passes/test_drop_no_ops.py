@@ -70,6 +70,18 @@ def test_count_is_honest(program, result):
     assert result.count == removed + renamed
 
 
+class WritesToConstant(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tensor([1.0, 2.0]).add_(x)
+
+
+def test_constant_that_is_written_to_keeps_its_copy():
+    written = torch.export.export(WritesToConstant(), (torch.ones(2),))
+    run = runnable(DropNoOps().apply(written).program)
+    assert torch.equal(run(torch.ones(2)), torch.tensor([2.0, 3.0]))
+    assert torch.equal(run(torch.ones(2)), torch.tensor([2.0, 3.0]))
+
+
 def test_nothing_to_drop(result):
     again = DropNoOps().apply(result.program)
     assert (again.count, again.modified, again.program is result.program) == (0, False, True)
