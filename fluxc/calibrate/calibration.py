@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from fluxc.calibrate.verify import Verification, verify
 from fluxc.capture.result import Capture
 from fluxc.data import corpus, group_of
 from fluxc.ir.graph import argument, calls, runnable
+from fluxc.ir.pipeline import Observer, Pipeline
 from fluxc.ir.sparse import SparseSettings
 from fluxc.model_info import ModelInfo
+from fluxc.passes.apply_plan import ApplyPlan
 from fluxc.passes.place import Place
 from fluxc.plan import LayerPlan, Plan
 from fluxc.progress import Progress
@@ -57,6 +60,7 @@ class Calibration:
     cache: Path
     progress: Progress
     device: str = "cpu"
+    observers: Sequence[Observer] = ()
 
     def run(self) -> Calibrated:
         """Measure, choose, fit, verify."""
@@ -69,7 +73,8 @@ class Calibration:
         program = with_settings(placed, self.layers, choice[0].settings)
         routing = self._fit(program, measurements, correction)
         verified = self._verify(self._with(routing, program), routing)
-        program = self._with(routing, with_settings(self.routed, self.layers, choice[0].settings))
+        apply = ApplyPlan(dict.fromkeys(self.layers, choice[0].settings))
+        program = self._with(routing, Pipeline((apply,), self.observers).run(self.routed, "routed").program)
         plan = self._plan(choice[0].settings, routing, verified)
         report = self._report(plan, verified, choice, correlation, needs)
         return Calibrated(program, plan, report, [to_json(m) for m in measurements])

@@ -24,7 +24,7 @@ _SILU_AFTER = frozenset({"encoder.0", "head.0", "head.2"})
 class FitOptions:
     """`ridge`: penalty on the weights of standardised queries, in units of one sample of mean need."""
 
-    ridge: float = 10.0
+    ridge: float = 30.0
     iterations: int = 40
     seed: int = 0
 

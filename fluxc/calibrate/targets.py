@@ -13,7 +13,7 @@ from fluxc.data import USER_TASK, group_of
 FLOOR = 1e-3
 """Nats of mean answer loss added to every need: differences below it are noise of first-order estimates."""
 
-GROUP_SHARE = 0.5
+GROUP_SHARE = 0.75
 """Weight of the mean over a group of tasks against the task's own mean, which rests on few prompts."""
 
 PROMPT_SHARE = 0.5
@@ -46,7 +46,7 @@ def means_by(needs: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def task_targets(needs: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
-    """The need to expect of each task: its mean, drawn half-way to the mean of its group; values fp32 [L]."""
+    """The need to expect of each task: its mean, drawn to the mean of its group; values fp32 [L]."""
     own, groups = means_by(needs, tasks), means_by(needs, [group_of(task) for task in tasks])
     return {task: torch.lerp(own[task], groups[group_of(task)], GROUP_SHARE) + FLOOR for task in own}
 

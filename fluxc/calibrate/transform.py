@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from fluxc.calibrate.options import CalibrateOptions
 from fluxc.calibrate.prompts import load_tokenizer, prompt_sets
 from fluxc.capture.api import capture
 from fluxc.errors import CaptureError
+from fluxc.ir.observers import Dump, Verify
+from fluxc.ir.pipeline import Observer, Pipeline
+from fluxc.passes import route_pipeline
 from fluxc.passes.insert_routers import InsertRouters
 from fluxc.passes.route_attention import RouteAttention
 from fluxc.plan import Plan
@@ -50,7 +54,7 @@ def transform(
 
     `output`: the directory, by default named after the model in the working directory. `prompts`: a JSONL file in
     place of the built-in prompts. `device`: where calibration runs the model (cpu, cuda). Interrupted measurements
-    are kept beside the output and taken up by the next call.
+    are kept beside the output and taken up by the next call. `dump_dir`: the program after each pass goes there.
 
     Raises what `capture` raises; OptionError and PlanError for options out of range; DataError for prompts that cannot
     be used; OutputExistsError and StorageError before any long work.
@@ -62,9 +66,12 @@ def transform(
     target = Path(output) if output else default_output(model)
     captured = capture(model, tokenizer=tokenizer, dtype=dtype, progress=progress)
     preflight(target, captured.program, force)
+    observers = (Verify(), Dump(dump_dir)) if dump_dir else (Verify(),)
     sets = prompt_sets(options, prompts, load_tokenizer(captured), captured.meta["context"])
     cache = target.with_name(target.name + ".measuring")
-    calibration = Calibration(captured, route(captured.program, options), options, sets, cache, progress, device)
+    calibration = Calibration(
+        captured, route(captured.program, options, observers), options, sets, cache, progress, device, observers
+    )
     found = calibration.run()
     report = {**found.report, "seconds": round(time.perf_counter() - started, 1)}
     progress.start("writing")
@@ -82,16 +89,18 @@ def transform(
     return Transformed(target, found.plan, report)
 
 
-def route(program: ExportedProgram, options: CalibrateOptions) -> ExportedProgram:
+def route(program: ExportedProgram, options: CalibrateOptions, observers: Sequence[Observer] = ()) -> ExportedProgram:
     """The captured program with an untrained router in front of every routable attention.
 
     Raises CaptureError where no attention is routable.
     """
-    result = InsertRouters(pool=options.pool, seed=options.seed).apply(program)
-    if not result.modified:
-        reasons = "; ".join(sorted({note.reason for note in result.notes})) or "it has no attention"
-        raise CaptureError(f"nothing in this model can be routed: {reasons}", hint="see `fluxc inspect`")
-    return RouteAttention().apply(result.program).program
+    passes = route_pipeline(pool=options.pool, seed=options.seed).passes
+    result = Pipeline(passes, observers).run(program, "captured")
+    if not result.count(RouteAttention.name):
+        reasons = "; ".join(sorted({note.reason for note in result.notes(InsertRouters.name)}))
+        why = reasons or "it has no attention"
+        raise CaptureError(f"nothing in this model can be routed: {why}", hint="see `fluxc inspect`")
+    return result.program
 
 
 def default_output(model: Any) -> Path:

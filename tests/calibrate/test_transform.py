@@ -124,3 +124,15 @@ def test_a_window_too_large_for_the_context_is_refused(folder, tmp_path):
 )
 def test_the_default_output_is_named_after_the_model(model, name):
     assert str(default_output(model)) == name
+
+
+def test_dumps_show_the_program_after_each_pass(folder, options, tiny_effort, tmp_path):
+    transform(folder, tmp_path / "m.flux", options=options, dump_dir=tmp_path / "dumps")
+    names = sorted(path.name for path in (tmp_path / "dumps").iterdir())
+    assert [name.split(".", 1)[1] for name in names][:3] == [
+        "input.txt",
+        "insert-routers.after.txt",
+        "route-attention.after.txt",
+    ]
+    assert "apply-plan" in names[-1]
+    assert "routed_attention" in (tmp_path / "dumps" / names[-1]).read_text()
