@@ -242,4 +242,7 @@ def _tiles(q: Tensor) -> BackwardTiles:
         return config.BACKWARD_INTERPRETED
     if q.dtype == torch.float32:
         return config.BACKWARD_FULL_PRECISION
-    return config.BACKWARD[max(64, config.padded(q.shape[-1]))]
+    major, minor = torch.cuda.get_device_capability(q.device)
+    tiles = config.backward_for(10 * major + minor, q.shape[-1])
+    assert tiles is not None, "unsupported() admits no such head"
+    return tiles

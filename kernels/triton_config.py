@@ -7,9 +7,10 @@ says how each entry was found.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, TypeVar
 
 Loader = Literal["gluon", "tma", "pointer"]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Tiles:
     warps: int = 8
     stages: int = 3
     """Key tiles in flight."""
-    wait_last: bool = True
+    wait_last: bool = False
     """Gluon only: wait for the value product after the exponentials instead of where ptxas puts the wait."""
 
 
@@ -78,12 +79,45 @@ class BackwardTiles:
     dkv_stages: int = 2
 
 
-BACKWARD: dict[int, BackwardTiles] = {
-    64: BackwardTiles(),
-    128: BackwardTiles(),
-    256: BackwardTiles(64, 32, 4, 1, 32, 64, 8, 1),
+BACKWARD: dict[tuple[int, int], BackwardTiles] = {
+    (80, 64): BackwardTiles(64, 64, 4, 2, 32, 128, 8, 2),
+    (80, 128): BackwardTiles(64, 64, 4, 2, 32, 128, 8, 2),
+    (80, 256): BackwardTiles(32, 32, 4, 1, 32, 64, 8, 1),
+    (89, 64): BackwardTiles(64, 32, 4, 1, 32, 64, 4, 1),
+    (89, 128): BackwardTiles(32, 32, 4, 1, 32, 64, 8, 1),
+    (89, 256): BackwardTiles(16, 16, 4, 1, 16, 16, 4, 1),
+    (90, 64): BackwardTiles(64, 64, 4, 2, 32, 128, 8, 3),
+    (90, 128): BackwardTiles(64, 64, 4, 2, 32, 128, 8, 3),
+    (90, 256): BackwardTiles(64, 32, 4, 1, 32, 64, 8, 1),
+    (120, 64): BackwardTiles(64, 32, 4, 1, 32, 64, 4, 1),
+    (120, 128): BackwardTiles(32, 32, 4, 1, 32, 64, 8, 1),
+    (120, 256): BackwardTiles(16, 16, 4, 1, 16, 16, 4, 1),
 }
-"""By head dim, rounded up; the same for every architecture."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeTiles:
+    """Sizes of the decode kernel: warps, page buffers, and programs per multiprocessor that splits aim at."""
+
+    warps: int = 4
+    buffers: int = 3
+    waves: int = 2
+
+
+DECODE: dict[tuple[int, int], DecodeTiles] = {
+    (80, 64): DecodeTiles(buffers=4),
+    (80, 128): DecodeTiles(buffers=4, waves=1),
+    (80, 256): DecodeTiles(buffers=2, waves=1),
+    (89, 64): DecodeTiles(),
+    (89, 128): DecodeTiles(buffers=2, waves=1),
+    (89, 256): DecodeTiles(buffers=1, waves=1),
+    (90, 64): DecodeTiles(buffers=4),
+    (90, 128): DecodeTiles(buffers=4, waves=1),
+    (90, 256): DecodeTiles(buffers=2, waves=1),
+    (120, 64): DecodeTiles(),
+    (120, 128): DecodeTiles(buffers=2, waves=1),
+    (120, 256): DecodeTiles(buffers=1, waves=1),
+}
 BACKWARD_FULL_PRECISION = BackwardTiles(32, 32, 4, 1, 32, 32, 4, 1)
 BACKWARD_INTERPRETED = BackwardTiles(16, 16, 4, 1, 16, 16, 4, 1)
 
@@ -95,5 +129,20 @@ def padded(width: int) -> int:
 
 def tiles_for(capability: int, width: int) -> Tiles | None:
     """The pinned entry for heads of `width` on sm_`capability`; None if the table serves no such heads."""
-    known = [arch for arch, dim in TILES if arch <= capability and dim == max(64, padded(width))]
-    return TILES[max(known), max(64, padded(width))] if known else None
+    return _nearest(TILES, capability, width)
+
+
+def backward_for(capability: int, width: int) -> BackwardTiles | None:
+    """The pinned entry of the gradient kernels."""
+    return _nearest(BACKWARD, capability, width)
+
+
+def decode_for(capability: int, width: int) -> DecodeTiles | None:
+    """The pinned entry of the decode kernel."""
+    return _nearest(DECODE, capability, width)
+
+
+def _nearest(table: dict[tuple[int, int], T], capability: int, width: int) -> T | None:
+    dim = max(64, padded(width))
+    known = [arch for arch, of in table if arch <= capability and of == dim]
+    return table[max(known), dim] if known else None

@@ -7,30 +7,17 @@ full and sparse layers, growing lengths and changing requests.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fluxc.kernels import triton_config as config
 from fluxc.kernels.schemas import PAGE
+from fluxc.kernels.triton_config import DecodeTiles
 
 LOG2E = 1.4426950408889634
 LOG2E_T = tl.constexpr(1.4426950408889634)
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeTiles:
-    """Sizes of the decode kernel: warps, page buffers, and programs per multiprocessor that splits aim at."""
-
-    warps: int = 4
-    buffers: int = 3
-    waves: int = 2
-
-
-TILES: dict[int, DecodeTiles] = {64: DecodeTiles(), 128: DecodeTiles(), 256: DecodeTiles(buffers=1, waves=1)}
-"""By head dim, rounded up; the same for every architecture."""
 
 
 @triton.jit
@@ -70,40 +57,41 @@ def _pages(q, cache, table, length, first, stop, hk, kv_heads, scale, M: tl.cons
 
 
 @triton.jit
-def _combine(parts, sums, sink_logits, out, SPLITS: tl.constexpr, G: tl.constexpr, G2: tl.constexpr,
+def _combine(parts, sums, sink_logits, out, SPLITS: tl.constexpr, S2: tl.constexpr, G: tl.constexpr,
              D: tl.constexpr, WIDTH: tl.constexpr, SINK_LOGITS: tl.constexpr):  # fmt: skip
-    """Add up the parts [SPLITS,G,D] of one key head, each scaled by its maximum and sum [SPLITS,2,G]."""
-    g = tl.arange(0, G2)
+    """Add up the parts [SPLITS,G,D] of one key head, each scaled by its maximum and sum [SPLITS,2,G].
+
+    All parts of a head are loaded at once, past the first-level cache: other programs wrote them during this launch.
+    """
+    split = tl.arange(0, S2)
     c = tl.arange(0, WIDTH)
-    m = tl.full([G2], float("-inf"), tl.float32)
-    total = tl.zeros([G2], tl.float32)
-    if SINK_LOGITS:
-        m = tl.load(sink_logits + g, mask=g < G, other=0.0).to(tl.float32) * LOG2E_T
-        total += 1.0
-    acc = tl.zeros([G2, WIDTH], tl.float32)
-    seen = (g < G)[:, None] & (c < D)[None, :]
-    for split in tl.range(0, SPLITS):
-        m_part = tl.load(sums + split * 2 * G + g, mask=g < G, other=float("-inf"), cache_modifier=".cg")
-        sum_part = tl.load(sums + split * 2 * G + G + g, mask=g < G, other=0.0, cache_modifier=".cg")
-        m_new = tl.maximum(m, m_part)
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        old, new = tl.exp2(m - shift), tl.exp2(m_part - shift)
-        x = tl.load(parts + (split * G + g)[:, None] * D + c[None, :], mask=seen, other=0.0, cache_modifier=".cg")
-        acc = acc * old[:, None] + x * new[:, None]
-        total = total * old + sum_part * new
-        m = m_new
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(out + g[:, None] * D + c[None, :], acc.to(out.dtype.element_ty), mask=seen)
+    for g in tl.static_range(G):
+        at = sums + split * 2 * G + g
+        m = tl.load(at, mask=split < SPLITS, other=float("-inf"), cache_modifier=".cg")
+        part_sum = tl.load(at + G, mask=split < SPLITS, other=0.0, cache_modifier=".cg")
+        x = tl.load(parts + (split * G + g)[:, None] * D + c[None, :],
+                    mask=(split < SPLITS)[:, None] & (c < D)[None, :], other=0.0, cache_modifier=".cg")  # fmt: skip
+        top = tl.max(m, 0)
+        if SINK_LOGITS:
+            sink = tl.load(sink_logits + g).to(tl.float32) * LOG2E_T
+            top = tl.maximum(top, sink)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        weight = tl.exp2(m - top)
+        total = tl.sum(part_sum * weight, 0)
+        if SINK_LOGITS:
+            total += tl.exp2(sink - top)
+        o = tl.sum(x * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+        tl.store(out + g * D + c, o.to(out.dtype.element_ty), mask=c < D)
 
 
 @triton.jit(do_not_specialize=("table_row",))
 def decode_kernel(q, cache, table, lens, sink_logits, parts, sums, counters, out, q_batch, q_head, table_row,
-                  kv_heads, scale, SPLITS: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, M: tl.constexpr,
+                  kv_heads, scale, SPLITS: tl.constexpr, S2: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
                   D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, SINK_LOGITS: tl.constexpr,
                   SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """q [B,H,D], cache [pages,2,Hk,PAGE,D], table i32[B,P], lens i32[B] -> out [B,H,D]; counters i32[B,Hk] zero.
 
-    G: query heads of a key head, G2 the power of two above, M the rows of the query tile. `scale` includes log2(e).
+    G: query heads of a key head, M the rows of their tile, S2 the power of two above SPLITS. `scale` includes log2(e).
     """
     split = tl.program_id(0)
     hk = tl.program_id(1)
@@ -127,7 +115,7 @@ def decode_kernel(q, cache, table, lens, sink_logits, parts, sums, counters, out
     tl.debug_barrier()
     if tl.atomic_add(counters + row, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
         tl.debug_barrier()
-        _combine(parts, sums, sink_logits + hk * G if SINK_LOGITS else None, out + row * (G * D), SPLITS, G, G2, D,
+        _combine(parts, sums, sink_logits + hk * G if SINK_LOGITS else None, out + row * (G * D), SPLITS, S2, G, D,
                  WIDTH, SINK_LOGITS)  # fmt: skip
 
 
@@ -146,22 +134,29 @@ def decode_attention(
     batch, heads, width = q.shape
     kv_heads, group = cache.shape[2], heads // cache.shape[2]
     padded = max(16, triton.next_power_of_2(width))
-    tiles = tiles or TILES[max(64, padded)]
+    tiles = tiles or _tiles(q)
     splits = _splits(q, page_table, kv_heads, tiles)
     parts = torch.empty(batch, kv_heads, splits, group, width, dtype=torch.float32, device=q.device)
     sums = torch.empty(batch, kv_heads, splits, 2, group, dtype=torch.float32, device=q.device)
     counters = torch.zeros(batch, kv_heads, dtype=torch.int32, device=q.device)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    group_padded = triton.next_power_of_2(group)
     decode_kernel[(splits, kv_heads, batch)](
         q, cache, page_table, lens, sink_logits, parts, sums, counters, out, q.stride(0), q.stride(1),
-        page_table.stride(0), kv_heads, scale * LOG2E, SPLITS=splits, G=group, G2=group_padded,
-        M=max(16, group_padded), D=width, WIDTH=padded, PAGE=PAGE, SINK_LOGITS=sink_logits is not None,
+        page_table.stride(0), kv_heads, scale * LOG2E, SPLITS=splits, S2=triton.next_power_of_2(splits),
+        G=group, M=max(16, triton.next_power_of_2(group)), D=width, WIDTH=padded, PAGE=PAGE,
+        SINK_LOGITS=sink_logits is not None,
         SOFTCAP=float(softcap), PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tiles.warps,
         # The page number is loaded ahead of its page: Triton shares the stages between the two.
         num_stages=2 * tiles.buffers + 1,
     )  # fmt: skip
     return out
+
+
+def _tiles(q: Tensor) -> DecodeTiles:
+    major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
+    tiles = config.decode_for(10 * major + minor, q.shape[-1])
+    assert tiles is not None, "unsupported() admits no such head"
+    return tiles
 
 
 def _splits(q: Tensor, page_table: Tensor, kv_heads: int, tiles: DecodeTiles) -> int:

@@ -1,9 +1,9 @@
 """The Layer Router's pool, alone and fused with its encoder and head, in Triton.
 
-`parts` programs share a request. Each sums its share of the pooled rows; then each owns a slice of the encoder's hidden
-layer, later of the head's first one, and multiplies it at once into the next layer: partial sums of every program are
-added in a fixed order, so scores do not change from run to run. Programs wait for each other twice; the last to finish
-computes the logits. All weights are read before the first wait.
+Several programs share a request. The pool's each sum their share of the pooled rows. The router's each own a slice of
+the encoder's hidden layer, later of the head's first one, and multiply it at once into the next layer: partial sums of
+all programs are added in a fixed order, so scores do not change from run to run. They wait for each other once, with
+all weights read before; the last to finish computes the logits.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PARTS = 32
-ROWS = 64
+PARTS = 32  # programs of the encoder and head
+POOL_PARTS = 64
+ROWS = 128
 WEIGHTS = 10
 
 
@@ -29,9 +30,10 @@ def _arrive(counter):
 def _meet(counter, parts):
     """Wait until all programs of the request have come here."""
     _arrive(counter)
-    seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+    seen = 0
     while seen < parts:
-        seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+        seen = tl.inline_asm_elementwise("ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [counter], dtype=tl.int32,
+                                         is_pure=False, pack=1)  # fmt: skip
     tl.debug_barrier()
 
 
@@ -66,9 +68,13 @@ def _sum_parts(scratch, columns, PARTS: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def router_pool_kernel(q, lens, scratch, counters, out, q_batch, q_head, q_row, heads, pool, PARTS: tl.constexpr,
-                       ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """q [B,H,S,D] -> out fp32 [B,D]; counters i32[B] zero; scratch fp32 [B,PARTS,D]."""
+def pool_kernel(q, lens, scratch, counters, out, q_batch, q_head, q_row, heads, pool, LAST_ADDS: tl.constexpr,
+                PARTS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """q [B,H,S,D] -> sums of the parts, scratch fp32 [B,PARTS,D].
+
+    LAST_ADDS: the last program writes the mean, out fp32 [B,D], with counters i32[B] zero. Else counters i32[B,2] are
+    cleared for the kernel that follows.
+    """
     part = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     length = tl.load(lens + b).to(tl.int32)
@@ -76,10 +82,17 @@ def router_pool_kernel(q, lens, scratch, counters, out, q_batch, q_head, q_row, 
     c = tl.arange(0, WIDTH)
     mine = scratch + b * PARTS * D
     tl.store(mine + part * D + c, total, mask=c < D)
-    if _arrive(counters + b) == PARTS - 1:
-        tl.debug_barrier()
-        share = 1.0 / (2 * heads * tl.minimum(pool, length)).to(tl.float32)
-        tl.store(out + b * D + c, _sum_parts(mine, D, PARTS, WIDTH) * share, mask=c < D)
+    if LAST_ADDS:
+        if _arrive(counters + b) == PARTS - 1:
+            tl.debug_barrier()
+            tl.store(out + b * D + c, _mean(mine, heads, length, pool, D, PARTS, WIDTH), mask=c < D)
+    elif part == 0:
+        tl.store(counters + b * 2 + tl.arange(0, 2), tl.zeros([2], tl.int32))
+
+
+@triton.jit
+def _mean(scratch, heads, length, pool, D: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    return _sum_parts(scratch, D, PARTS, WIDTH) / (2 * heads * tl.minimum(pool, length)).to(tl.float32)
 
 
 @triton.jit
@@ -108,13 +121,14 @@ def _hidden(weight, x, bias):
 
 
 @triton.jit
-def router_kernel(q, lens, w0, b0, w1, b1, w2, b2, w3, b3, w4, b4, scratch, counters, out, q_batch, q_head, q_row,
-                  heads, pool, PHASE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+def router_kernel(lens, pooled, w0, b0, w1, b1, w2, b2, w3, b3, w4, b4, scratch, counters, out, heads, pool,
+                  PHASE: tl.constexpr, PARTS: tl.constexpr, POOL_PARTS: tl.constexpr, D: tl.constexpr,
                   WIDTH: tl.constexpr, E: tl.constexpr, T: tl.constexpr):  # fmt: skip
-    """q [B,H,S,D] -> logits fp32 [B,2]. E, T: slices of the hidden layers (8D, 4D over PARTS), WIDTH: D, all padded.
+    """pooled fp32 [B,POOL_PARTS,D], sums of the pool's parts -> logits fp32 [B,2].
 
-    PHASE -1 runs everything in one launch; 0 .. 3 run one phase, for a grid too large to wait for itself.
-    counters i32[B,3] zero; scratch fp32 [B,PARTS,4D]: a part's pooled sum, encoder output, head's second layer.
+    E, T: slices of the hidden layers (8D, 4D over PARTS), WIDTH: D, all padded. PHASE -1 runs everything in one launch;
+    0 .. 2 run one phase, for a grid too large to wait for itself. counters i32[B,2] zero; scratch fp32 [B,PARTS,3D]: a
+    part's share of the encoder's output and of the head's second layer.
     """
     part = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
@@ -122,38 +136,32 @@ def router_kernel(q, lens, w0, b0, w1, b1, w2, b2, w3, b3, w4, b4, scratch, coun
     H2: tl.constexpr = 4 * D // PARTS
     c = tl.arange(0, WIDTH)
     c2 = tl.arange(0, 2 * WIDTH)
-    pooled = scratch + b * PARTS * 4 * D
-    encoded = pooled + PARTS * D
+    encoded = scratch + b * PARTS * 3 * D
     headed = encoded + PARTS * 2 * D
-    counters += b * 3
-    length = tl.load(lens + b).to(tl.int32)
-    if (PHASE == 1) | (PHASE == -1):
+    counters += b * 2
+    if (PHASE == 0) | (PHASE == -1):
         b_w0 = _weights(w0 + part * H1 * D, H1, D, D, E, WIDTH)
         b_b0 = _bias(b0 + part * H1, H1, E)
         b_w1 = _weights(w1 + part * H1, 2 * D, H1, 8 * D, 2 * WIDTH, E)
-    if (PHASE == 2) | (PHASE == -1):
+    if (PHASE == 1) | (PHASE == -1):
         b_b1 = _bias(b1, 2 * D, 2 * WIDTH)
         b_w2 = _weights(w2 + part * H2 * 2 * D, H2, 2 * D, 2 * D, T, 2 * WIDTH)
         b_b2 = _bias(b2 + part * H2, H2, T)
         b_w3 = _weights(w3 + part * H2, D, H2, 4 * D, WIDTH, T)
     if (PHASE == 0) | (PHASE == -1):
-        total = _pool_part(q, part, b, q_batch, q_head, q_row, heads, length, pool, PARTS, ROWS, D, WIDTH)
-        tl.store(pooled + part * D + c, total, mask=c < D)
+        length = tl.load(lens + b).to(tl.int32)
+        mean = _mean(pooled + b * POOL_PARTS * D, heads, length, pool, D, POOL_PARTS, WIDTH)
+        h1 = _hidden(b_w0, mean, b_b0)
+        tl.store(encoded + part * 2 * D + c2, tl.sum(b_w1 * h1[None, :], 1), mask=c2 < 2 * D)
     if PHASE == -1:
         _meet(counters, PARTS)
     if (PHASE == 1) | (PHASE == -1):
-        share = 1.0 / (2 * heads * tl.minimum(pool, length)).to(tl.float32)
-        h1 = _hidden(b_w0, _sum_parts(pooled, D, PARTS, WIDTH) * share, b_b0)
-        tl.store(encoded + part * 2 * D + c2, tl.sum(b_w1 * h1[None, :], 1), mask=c2 < 2 * D)
-    if PHASE == -1:
-        _meet(counters + 1, PARTS)
-    if (PHASE == 2) | (PHASE == -1):
         h2 = _hidden(b_w2, _sum_parts(encoded, 2 * D, PARTS, 2 * WIDTH) + b_b1, b_b2)
         tl.store(headed + part * D + c, tl.sum(b_w3 * h2[None, :], 1), mask=c < D)
     before = PARTS - 1
     if PHASE == -1:
-        before = _arrive(counters + 2)
-    if (PHASE == 3) | (PHASE == -1):  # noqa: SIM102 (decided when compiled, the next one when run)
+        before = _arrive(counters + 1)
+    if (PHASE == 2) | (PHASE == -1):  # noqa: SIM102 (decided when compiled, the next one when run)
         if before == PARTS - 1:
             tl.debug_barrier()
             h3 = _silu(_sum_parts(headed, D, PARTS, WIDTH) + _bias(b3, D, WIDTH))
@@ -163,33 +171,40 @@ def router_kernel(q, lens, w0, b0, w1, b1, w2, b2, w3, b3, w4, b4, scratch, coun
 
 def router_pool(q: Tensor, prompt_lens: Tensor, *, pool: int) -> Tensor:
     """`fluxc::router_pool` -> fp32 [B,D]: one launch, and one that clears its counters."""
-    batch, heads, _, width = q.shape
-    scratch = torch.empty(batch, PARTS, width, dtype=torch.float32, device=q.device)
+    batch, _, _, width = q.shape
     counters = torch.zeros(batch, dtype=torch.int32, device=q.device)
     out = torch.empty(batch, width, dtype=torch.float32, device=q.device)
-    router_pool_kernel[(PARTS, batch)](
-        q, prompt_lens, scratch, counters, out, *q.stride()[:3], heads, pool, PARTS=PARTS, ROWS=ROWS, D=width,
-        WIDTH=triton.next_power_of_2(width), num_warps=8,
-    )  # fmt: skip
+    _pool(q, prompt_lens, counters, out, pool, last_adds=True)
     return out
+
+
+def _pool(q: Tensor, prompt_lens: Tensor, counters: Tensor, out: Tensor | None, pool: int, last_adds: bool) -> Tensor:
+    batch, heads, _, width = q.shape
+    scratch = torch.empty(batch, POOL_PARTS, width, dtype=torch.float32, device=q.device)
+    pool_kernel[(POOL_PARTS, batch)](
+        q, prompt_lens, scratch, counters, out, *q.stride()[:3], heads, pool, LAST_ADDS=last_adds, PARTS=POOL_PARTS,
+        ROWS=ROWS, D=width, WIDTH=triton.next_power_of_2(width), num_warps=8,
+    )  # fmt: skip
+    return scratch
 
 
 def router(q: Tensor, prompt_lens: Tensor, *weights: Tensor, pool: int, fused: bool | None = None) -> Tensor:
     """`fluxc::router` -> fp32 logits [B,2], full first; `weights` as in the schema, fp32, contiguous.
 
-    fused: one launch beside the one that clears its counters. Its programs wait for each other, so all of them must
+    fused: two launches, the pool and the rest. The programs of the second wait for each other, so all of them must
     fit on the device at once; by default that decides.
     """
     batch, heads, _, width = q.shape
-    scratch = torch.empty(batch, PARTS, 4 * width, dtype=torch.float32, device=q.device)
-    counters = torch.zeros(batch, 3, dtype=torch.int32, device=q.device)
+    counters = torch.empty(batch, 2, dtype=torch.int32, device=q.device)
+    pooled = _pool(q, prompt_lens, counters, None, pool, last_adds=False)
+    scratch = torch.empty(batch, PARTS, 3 * width, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, 2, dtype=torch.float32, device=q.device)
     padded = triton.next_power_of_2(width)
-    for phase in (-1,) if _fits(q, fused) else (0, 1, 2, 3):
-        router_kernel[(1 if phase == 3 else PARTS, batch)](
-            q, prompt_lens, *weights, scratch, counters, out, *q.stride()[:3], heads, pool, PHASE=phase, PARTS=PARTS,
-            ROWS=ROWS, D=width, WIDTH=padded, E=max(1, 8 * padded // PARTS), T=max(1, 4 * padded // PARTS),
-            num_warps=8,
+    for phase in (-1,) if _fits(q, fused) else (0, 1, 2):
+        router_kernel[(1 if phase == 2 else PARTS, batch)](
+            prompt_lens, pooled, *weights, scratch, counters, out, heads, pool, PHASE=phase, PARTS=PARTS,
+            POOL_PARTS=POOL_PARTS, D=width, WIDTH=padded, E=max(1, 8 * padded // PARTS),
+            T=max(1, 4 * padded // PARTS), num_warps=8,
         )  # fmt: skip
     return out
 

@@ -51,6 +51,7 @@ def _tile_ranges(low, high, keys, sink, window, first_dense, stop_dense, BLOCK: 
     diag = min(min((low + 1) // BLOCK, keys // BLOCK), end)
     any_dense = (max(low, first_dense) < min(high + 1, stop_dense)).to(tl.int32)
     all_dense = ((first_dense <= low) & (high < stop_dense)).to(tl.int32)
+    sink = sink * (1 - all_dense)  # visited in the order of full attention, so that the sums are the same bits
     begins = max(low - window + 1, 0) // BLOCK * (1 - any_dense)
     whole = (max(high - window + 1, 0) + BLOCK - 1) // BLOCK * (1 - all_dense)
     head = min(sink // BLOCK, diag)

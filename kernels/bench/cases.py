@@ -65,10 +65,12 @@ def _triangle(n: int) -> int:
 SMOLLM2 = Shape(9, 3, 64)
 QWEN = Shape(28, 4, 128)
 WIDE = Shape(16, 8, 256)
+LARGE = Shape(64, 8, 128)
+NO_GROUPS = Shape(16, 16, 64)
 PREFILL = (
     *(Case("attention", length) for length in (8192, 32768, 131072)),
     *(Case("streaming_attention", length, sink=128, window=2048) for length in (32768, 131072, 262144)),
     *(Case("triangle_attention", length, sink=128, window=2048, last=128) for length in (32768, 131072)),
-    *(Case("attention", 32768, shape) for shape in (SMOLLM2, QWEN, WIDE)),
-    *(Case("streaming_attention", 32768, shape, sink=128, window=2048) for shape in (SMOLLM2, QWEN)),
+    *(Case("attention", 32768, shape) for shape in (SMOLLM2, QWEN, LARGE, NO_GROUPS, WIDE)),
+    *(Case("streaming_attention", 32768, shape, sink=128, window=2048) for shape in (SMOLLM2, QWEN, LARGE, NO_GROUPS)),
 )

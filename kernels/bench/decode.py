@@ -15,12 +15,13 @@ from fluxc.kernels.bench.cases import Shape
 from fluxc.kernels.bench.measure import clocks, graphed, interleaved
 from fluxc.kernels.bench.operands import TOLERANCE
 from fluxc.kernels.schemas import PAGE
-from fluxc.kernels.triton_decode import TILES, DecodeTiles, decode_attention
+from fluxc.kernels.triton_config import DecodeTiles, decode_for
+from fluxc.kernels.triton_decode import decode_attention
 
 DTYPE = torch.bfloat16
 REPEATS = 20
 SIZES = ((1, 2176), (1, 8192), (8, 8192), (1, 32768), (1, 131072))
-VARIANTS = (DecodeTiles(4, 2, 3), DecodeTiles(4, 4, 1), DecodeTiles(8, 3, 2), DecodeTiles(2, 3, 2))
+VARIANTS = (DecodeTiles(4, 3, 2), DecodeTiles(4, 4, 1), DecodeTiles(4, 4, 2), DecodeTiles(4, 6, 1))
 CACHES_BYTES = 192 << 20
 
 
@@ -81,7 +82,7 @@ def _runs(shape: Shape, variants: bool) -> dict[str, Any]:
 
         return run
 
-    runs = {"ours": ours(TILES[shape.width])}
+    runs = {"ours": ours(decode_for(90, shape.width))}
     for tiles in VARIANTS if variants else ():
         runs[f"ours {tiles.warps} warps, {tiles.buffers} buffers, {tiles.waves} waves"] = ours(tiles)
     return runs | {"cudnn": sdpa(SDPBackend.CUDNN_ATTENTION), "flash": sdpa(SDPBackend.FLASH_ATTENTION)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import random
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -30,7 +31,10 @@ class Timing:
 def interleaved(
     runs: dict[str, Callable[[Any], Any]], inputs: list[Any], budget_ms: float = 1000.0, least_rounds: int = 3
 ) -> dict[str, Timing]:
-    """Time contenders in turns, over rotating inputs, so that all see the same clocks and power."""
+    """Time contenders in turns, over rotating inputs, so that all see the same clocks and power.
+
+    The order changes in each round: what ran just before decides how far the power limit pulls the clocks down.
+    """
     calls = {}
     for name, run in runs.items():
         for x in inputs:
@@ -39,8 +43,8 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in runs}
     rounds = 0
     while rounds < least_rounds or (sum(map(sum, times.values())) < budget_ms and rounds < 40):
-        for name, run in runs.items():
-            times[name] += batch(run, inputs, calls[name])
+        for name in random.sample(list(runs), len(runs)):
+            times[name] += batch(runs[name], inputs, calls[name])
         rounds += 1
     return {name: Timing(statistics.median(t), min(t), max(t), len(t)) for name, t in times.items()}
 

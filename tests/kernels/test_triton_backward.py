@@ -15,7 +15,7 @@ DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32] if GPU else [torch.float16, torch.float32]
 TILE = 128 if GPU else 16
-ROWS = 4 * TILE + 5
+ROWS = 4 * TILE + 5 if GPU else 3 * TILE + 5
 
 
 @pytest.mark.skipif(INTERPRET or GPU, reason="this is the process with the interpreter or the GPU")
@@ -71,7 +71,7 @@ def test_full(dtype):
 
 
 @here
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES if GPU else DTYPES[:1], ids=str)
 @pytest.mark.parametrize(("sink", "window"), [(0, 1), (3, TILE), (TILE + 2, 2 * TILE), (2 * TILE, 3), (1, 5 * TILE)])
 def test_streaming(sink, window, dtype):
     from fluxc.kernels.triton_launch import Call
@@ -81,11 +81,11 @@ def test_streaming(sink, window, dtype):
 
 @here
 @pytest.mark.parametrize("decode_full", [False, True])
-@pytest.mark.parametrize("last", [0, 7, 1000])
+@pytest.mark.parametrize("last", [0, 7, 1000] if GPU else [7])
 def test_triangle(last, decode_full):
     from fluxc.kernels.triton_launch import Call
 
-    lens = [3 * TILE - 2, ROWS]
+    lens = [2 * TILE - 2, ROWS]
     call = Call(0.3, 2, TILE, last, decode_full, torch.tensor(lens, device=DEVICE))
     dense = [(max(0, n - last), ROWS if decode_full else n) for n in lens]
     check(call, torch.stack([visible(ROWS, 2, TILE, d) for d in dense]), torch.float16, batch=2)

@@ -58,8 +58,8 @@ def close(actual, wanted):
 
 
 def queries(heads, rows, width):
-    lens = torch.tensor([rows, 1, 2, rows // 2], device=DEVICE)
-    return torch.randn(4, rows, heads, width, device=DEVICE).half().transpose(1, 2), lens
+    lens = torch.tensor([rows, 1, 2, rows // 2] if GPU else [rows, 1], device=DEVICE)
+    return torch.randn(len(lens), rows, heads, width, device=DEVICE).half().transpose(1, 2), lens
 
 
 @here
@@ -84,7 +84,7 @@ def test_fused_router(width, fused):
     w = weights(width)
     assert triton_router.unsupported(q, *w) is None
     wanted = logits(pooled(q, lens, 9), w)
-    for _ in range(3):
+    for _ in range(3 if GPU else 1):
         assert close(triton_router.router(q, lens, *w, pool=9, fused=fused), wanted)
 
 

@@ -1,0 +1,142 @@
+"""Every Triton kernel compiles for every architecture of the table, on a machine without a GPU."""
+
+import os
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fluxc.kernels import triton_config as config  # noqa: E402
+
+SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+POINTERS = {
+    "*bf16": ("q", "k", "v", "out_ptr", "out", "grad", "dq", "dk", "dv", "cache"),
+    "*fp32": ("lse", "lse_ptr", "delta", "parts", "sums", "scratch", "pooled", "sink_logits_ptr", "sink_logits"),
+    "*i64": ("prompt_ptr", "start_ptr"),
+    "*i32": ("counters", "counter_ptr", "table", "lens"),
+    "*u8": ("route_ptr",),
+    "fp32": ("scale",),
+}
+TYPES = {name: kind for kind, names in POINTERS.items() for name in names}
+ROUTER = {f"{kind}{n}": "*fp32" for kind in "wb" for n in range(5)} | {"lens": "*i64", "out": "*fp32"}
+ARCHS = [80, 89, 90, 100, 120]
+
+
+def compiled(kernel, constants, arch, warps, stages=2, types=None, source=ASTSource, **options):
+    """Compile with every argument aligned as torch allocates it; fails if the shared memory does not fit."""
+    names = kernel.arg_names
+    types = TYPES | (types or {})
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    aligned = [n for n in names if signature[n].startswith("*") or n.endswith(("_row", "_head", "_batch"))]
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if signature[n] != "constexpr"}
+    values = {(names.index(n),): value for n, value in constants.items()}
+    made = source(kernel, signature, values, attributes)
+    options |= {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    found = triton.compile(made, target=GPUTarget("cuda", arch, 32), options=options)
+    assert found.metadata.shared <= SHARED_BYTES[arch]
+    assert found.asm["cubin"]
+    return found
+
+
+def attention_constants(width, **changed):
+    flags = ("HAS_ROUTE", "HAS_PROMPT", "DECODE_FULL", "HAS_START", "SINK_LOGITS", "LSE")
+    found = dict.fromkeys(("sink_logits_ptr", "route_ptr", "prompt_ptr", "start_ptr", "lse_ptr"))
+    found |= dict.fromkeys(flags, False) | {"SOFTCAP": 0.0, "SPARSE": True, "D": width}
+    return found | changed
+
+
+def plain(width, arch, tiles):
+    from fluxc.kernels.triton_forward import attention_forward
+
+    tma = tiles.loader == "tma"
+    sizes = {"DV": width, "WIDTH": width, "WIDTH_V": width, "BM": tiles.rows, "BN": tiles.keys, "TMA": tma}
+    constants = attention_constants(width, **sizes, STAGES=tiles.stages, PRECISION="tf32")
+    blocks = {"q": tiles.rows, "k": tiles.keys, "v": tiles.keys} if tma else {}
+    types = {n: f"tensordesc<bf16[1, 1, {rows}, {width}]>" for n, rows in blocks.items()}
+    return compiled(attention_forward, constants, arch, tiles.warps, tiles.stages, types)
+
+
+PLAIN = [(arch, width) for (arch, width), tiles in config.TILES.items() if tiles.loader != "gluon"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "width"), [pytest.param(*p, marks=() if p == (80, 64) else pytest.mark.slow) for p in PLAIN]
+)
+def test_attention(arch, width):
+    plain(width, arch, config.TILES[arch, width])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("table", ["PLAIN_TMA", "POINTER_90"])
+def test_attention_on_hopper_without_gluon(width, table):
+    plain(width, 90, getattr(config, table)[width])
+
+
+@pytest.mark.parametrize("width", [64, *(pytest.param(d, marks=pytest.mark.slow) for d in (128, 256))])
+def test_hopper_kernel(width):
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from fluxc.kernels.triton_hopper import hopper_forward
+
+    tiles = config.TILES[90, width]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    blocks = {"q": [1, 1, 64, width], "k": [1, 1, tiles.keys, width], "o": [1, 64, 1, width]}
+    blocks["v"] = blocks["k"]
+    types = {f"{n}_desc": f"tensordesc<bf16{block},{layout!r}>" for n, block in blocks.items()}
+    constants = attention_constants(width, BN=tiles.keys, STAGES=tiles.stages, WAIT_LAST=tiles.wait_last)
+    found = compiled(
+        hopper_forward,
+        constants,
+        90,
+        4,
+        types=types,
+        source=lambda fn, signature, values, attributes: GluonASTSource(fn, signature, values),
+        maxnreg=168,
+    )
+    assert "wgmma.mma_async" in found.asm["ptx"]
+    assert "cp.async.bulk.tensor" in found.asm["ptx"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_decode(width, arch):
+    from fluxc.kernels.triton_decode import decode_kernel
+
+    tiles = config.decode_for(arch, width)
+    constants = {"SPLITS": 16, "S2": 16, "G": 4, "M": 16, "D": width, "WIDTH": width, "PAGE": 64, "SINK_LOGITS": False}
+    constants |= {"SOFTCAP": 0.0, "PRECISION": "tf32", "sink_logits": None}
+    compiled(decode_kernel, constants, arch, tiles.warps, 2 * tiles.buffers + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_router(arch):
+    from fluxc.kernels.triton_router import PARTS, POOL_PARTS, ROWS, pool_kernel, router_kernel
+
+    pool = {"LAST_ADDS": False, "PARTS": POOL_PARTS, "ROWS": ROWS, "D": 128, "WIDTH": 128, "out": None}
+    compiled(pool_kernel, pool, arch, 8, types=ROUTER)
+    rest = {"PHASE": -1, "PARTS": PARTS, "POOL_PARTS": POOL_PARTS, "D": 128, "WIDTH": 128, "E": 32, "T": 16}
+    compiled(router_kernel, rest, arch, 8, types=ROUTER)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_gradients(width, arch):
+    from fluxc.kernels.triton_backward import dkv_kernel, dq_kernel
+
+    tiles = config.backward_for(arch, width)
+    constants = {"route_ptr": None, "prompt_ptr": None, "D": width, "WIDTH": width, "SPARSE": True}
+    constants |= {"HAS_ROUTE": False, "HAS_PROMPT": False, "DECODE_FULL": False, "PRECISION": "tf32"}
+    dq = {"BM": tiles.dq_rows, "BN": tiles.dq_keys, "STAGES": tiles.dq_stages}
+    compiled(dq_kernel, constants | dq, arch, tiles.dq_warps, tiles.dq_stages)
+    dkv = {"BM": tiles.dkv_rows, "BN": tiles.dkv_keys, "STAGES": tiles.dkv_stages}
+    compiled(dkv_kernel, constants | dkv, arch, tiles.dkv_warps, tiles.dkv_stages)
