@@ -24,37 +24,44 @@ def folder(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("model"), layers=2, context=CONTEXT)
 
 
-@pytest.fixture
-def tiny_effort(monkeypatch):
-    monkeypatch.setitem(options_module.EFFORTS, "quick", TINY)
+@pytest.fixture(scope="module", autouse=True)
+def tiny_effort():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(options_module.EFFORTS, "quick", TINY)
+        yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def options():
     return CalibrateOptions(budget=0.5, effort="quick", sparse_kind="auto", sink=4, window=200)
 
 
-def test_transform_writes_a_model_that_meets_its_budget(folder, options, tiny_effort, tmp_path):
-    done = transform(folder, tmp_path / "m.flux", options=options)
+@pytest.fixture(scope="module")
+def done(folder, options, tmp_path_factory):
+    root = tmp_path_factory.mktemp("done")
+    return transform(folder, root / "m.flux", options=options, dump_dir=root / "dumps")
+
+
+def test_transform_writes_a_model_that_meets_its_budget(done):
     flux = open_flux(done.path)
     assert flux.plan == done.plan
     assert done.plan.budget == 0.5
     assert 0 < done.report["verified"]["routed"]["all"]["full_share"] < 1
-    assert not (tmp_path / "m.flux.measuring").exists()
+    assert not done.path.with_name("m.flux.measuring").exists()
     stored = json.loads((done.path / "measurements" / "calibration.json").read_text())
     assert len(stored["needs"]) == TINY.measured
     assert torch.isfinite(torch.tensor(stored["needs"])).all()
 
 
-def test_equal_seeds_give_equal_plans_and_routers(folder, options, tiny_effort, tmp_path):
-    first, second = (transform(folder, tmp_path / name, options=options) for name in ("a.flux", "b.flux"))
-    assert first.plan == second.plan
-    routers = [open_flux(done.path).load("routed").state_dict for done in (first, second)]
+def test_equal_seeds_give_equal_plans_and_routers(folder, options, done, tmp_path):
+    again = transform(folder, tmp_path / "m.flux", options=options)
+    assert done.plan == again.plan
+    routers = [open_flux(made.path).load("routed").state_dict for made in (done, again)]
     assert all(torch.equal(value, routers[1][name]) for name, value in routers[0].items())
 
 
-def test_all_full_is_bit_equal_to_captured(folder, options, tiny_effort, tmp_path):
-    flux = open_flux(transform(folder, tmp_path / "m.flux", options=options).path)
+def test_all_full_is_bit_equal_to_captured(done):
+    flux = open_flux(done.path)
     ids = torch.randint(0, 400, (2, 300), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(300).expand(2, 300).contiguous()
     lens, rows = torch.tensor([300, 300]), torch.tensor([[0, 150, 299]]).expand(2, 3).contiguous()
@@ -65,7 +72,7 @@ def test_all_full_is_bit_equal_to_captured(folder, options, tiny_effort, tmp_pat
     assert torch.equal(dense, routed)
 
 
-def test_interrupted_measurements_are_taken_up(folder, options, tiny_effort, tmp_path, monkeypatch):
+def test_interrupted_measurements_are_taken_up(folder, options, tmp_path, monkeypatch):
     from fluxc.calibrate import needs
 
     real, done = needs._measure, []
@@ -96,7 +103,7 @@ def test_an_output_that_exists_is_refused_before_long_work(folder, options, tmp_
     assert (tmp_path / "m.flux" / "mine.txt").read_text() == "mine"
 
 
-def test_prompts_of_the_user(folder, tiny_effort, tmp_path):
+def test_prompts_of_the_user(folder, tmp_path):
     lines = [{"prompt": f"Number {n}. " + "word " * (150 + n), "answer": f" {n}"} for n in range(12)]
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in lines))
@@ -126,13 +133,13 @@ def test_the_default_output_is_named_after_the_model(model, name):
     assert str(default_output(model)) == name
 
 
-def test_dumps_show_the_program_after_each_pass(folder, options, tiny_effort, tmp_path):
-    transform(folder, tmp_path / "m.flux", options=options, dump_dir=tmp_path / "dumps")
-    names = sorted(path.name for path in (tmp_path / "dumps").iterdir())
+def test_dumps_show_the_program_after_each_pass(done):
+    dumps = done.path.with_name("dumps")
+    names = sorted(path.name for path in dumps.iterdir())
     assert [name.split(".", 1)[1] for name in names][:3] == [
         "input.txt",
         "insert-routers.after.txt",
         "route-attention.after.txt",
     ]
     assert "apply-plan" in names[-1]
-    assert "routed_attention" in (tmp_path / "dumps" / names[-1]).read_text()
+    assert "routed_attention" in (dumps / names[-1]).read_text()
