@@ -138,7 +138,7 @@ def _checked_ranges(ranges: dict[str, Any]) -> dict[str, Any]:
 def _root_entry(graph_module: dict[str, Any]) -> dict[str, Any]:
     """How the whole program is called: as it was saved where a tree is plain, else with flat inputs or outputs."""
     saved = graph_module["module_call_graph"][0]["signature"] or {}
-    names = [name for spec in graph_module["signature"]["input_specs"] for name in _input_names(spec)]
+    names: Any = [name for spec in graph_module["signature"]["input_specs"] for name in _input_names(spec)]
     outputs = sum("user_output" in spec for spec in graph_module["signature"]["output_specs"])
     in_spec, out_spec = _plain_tree(saved.get("in_spec")), _plain_tree(saved.get("out_spec"))
     if in_spec is None:
@@ -187,7 +187,7 @@ def _is_plain_tree(node: dict[str, Any]) -> bool:
     return all(_is_plain_tree(child) for child in node["children_spec"])
 
 
-_LEAF = {"type": None, "context": None, "children_spec": []}
+_LEAF: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
 
 
 def _node(kind: str, context: str, children: list[Any]) -> dict[str, Any]:

@@ -24,6 +24,9 @@ CONSTANTS_CONFIG = CONSTANTS + "model_constants_config.json"
 SAMPLE_INPUTS = "data/sample_inputs/model.pt"
 RECORDS = ("archive_format", "archive_version", "byteorder", "version", ".format_version", ".storage_alignment")
 
+# The second one warns about each empty tensor in torch 2.11.
+_LOGGERS = ("torch.export", "torch.export.pt2_archive._package")
+
 
 def read_graph(archive: Archive, model: Any, weights: dict[str, Any], constants: dict[str, Any]) -> ExportedProgram:
     """The program described by the checked `model`, with all tensors on the meta device and no sample inputs.
@@ -70,9 +73,11 @@ def _reasons() -> Iterator[list[BaseException]]:
         found.extend(e for e in (record.exc_info or ())[1:2] if isinstance(e, BaseException))
         return False
 
-    logger = logging.getLogger("torch.export")
-    logger.addFilter(keep)
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    for logger in loggers:
+        logger.addFilter(keep)
     try:
         yield found
     finally:
-        logger.removeFilter(keep)
+        for logger in loggers:
+            logger.removeFilter(keep)

@@ -96,10 +96,16 @@ def _is_logits(val: Tensor, roles: Roles) -> bool:
     return val.shape[2] != width or rows == width
 
 
+def _lookup(node: Node, tokens: Node) -> bool:
+    index: Any = node.args[1]
+    return depends_on(index, [tokens])
+
+
 def _embedding(tokens: Node) -> Tensor:
     for node in tokens.graph.nodes:
-        if is_call(node, aten.embedding) and depends_on(node.args[1], [tokens]):  # type: ignore[arg-type]
-            return node.args[0].meta["val"]  # type: ignore[union-attr]
+        if is_call(node, aten.embedding) and _lookup(node, tokens):
+            table: Any = node.args[0]
+            return table.meta["val"]
     raise CaptureError(f"the program does not look up the tokens {tokens.name} in an embedding", hint=_WITH_LOGITS)
 
 
@@ -157,7 +163,8 @@ def _gather_rows(graph: Graph, logits_at: Node) -> None:
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     (logits,) = output.args[0] if isinstance(output.args[0], tuple | list) else (output.args[0],)
     head = _head(logits)
-    reader, value = (output, logits) if head is None else (head, head.args[0])
+    reader: Node = output if head is None else head
+    value: Any = logits if head is None else head.args[0]
     with graph.inserting_before(reader):
         width = graph.call_function(aten.sym_size.int, (value, 2))
         index = graph.call_function(aten.unsqueeze.default, (logits_at, -1))

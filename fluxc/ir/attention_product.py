@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -80,7 +81,8 @@ def _einsum(node: Node) -> tuple[tuple[Node, Node], list[str]]:
     terms = str(node.args[0]).replace(" ", "").replace("->", ",").split(",")
     if len(terms) != 3 or any(len(term) != 4 or not term.isalpha() for term in terms):
         raise NotThisFormError(f"{node.name} is the einsum {node.args[0]!r}")
-    left, right = node.args[1]  # type: ignore[misc]
+    operands: Any = node.args[1]
+    left, right = operands
     return (left, right), terms
 
 

@@ -154,11 +154,10 @@ class _Finder:
         return MATRIX if len(sizes) == 2 and sizes[0] in self._roles.batches else ""
 
     def _is_length(self, size: Any) -> bool:
-        free = getattr(_expr(size), "free_symbols", set())
-        return bool(self._roles.lengths & free)
+        return bool(self._roles.lengths & _free_symbols(size))
 
     def _is_flat(self, size: Any) -> bool:
-        free = getattr(_expr(size), "free_symbols", set())
+        free = _free_symbols(size)
         return bool(self._roles.lengths & free and self._roles.batches & free)
 
     def _rows_agree(self, node: Node, axis: int) -> bool:
@@ -241,3 +240,7 @@ def _offset(value: Tensor, valid: Tensor) -> int | None:
 
 def _expr(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def _free_symbols(size: Any) -> set[Any]:
+    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
