@@ -16,7 +16,7 @@ RUN := $(BIN)/python -P
 CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3)
 SUITABLE := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 
-.PHONY: help demo test test-full lint clean clean-demo
+.PHONY: help demo bench-prefill bench-quality test test-full lint clean clean-demo
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -46,6 +46,15 @@ lint: $(VENV)/test.stamp
 	rm -rf build/typed && mkdir -p build/typed/fluxc
 	ln -s $(CURDIR)/fluxc/* $(CURDIR)/passes $(CURDIR)/kernels $(CURDIR)/exporters build/typed/fluxc/
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fluxc
+
+# Benchmarks whose JSON is committed under bench/results; the README's tables come from there.
+FLUX ?= out/smollm2.flux
+DEVICE ?= cpu
+bench-prefill: $(VENV)/demo.stamp
+	$(RUN) -m fluxc.bench.prefill $(FLUX) --sparse-ratio 0.6 --device $(DEVICE) -o bench/results/prefill-$(DEVICE).json
+
+bench-quality: $(VENV)/demo.stamp
+	$(RUN) -m fluxc.bench.quality $(FLUX) --device $(DEVICE) -o bench/results/quality-$(DEVICE).json
 
 clean-demo:
 	rm -rf out/smollm2.flux out/smollm2.flux.measuring out/demo.json
