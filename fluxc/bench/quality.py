@@ -142,7 +142,7 @@ def conditions(model: FluxModel) -> dict[str, Any]:
         torch.cuda.get_device_name() if model.device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     )
     return {
-        "model": model.meta.get("source", ""),
+        "model": Path(model.meta.get("source", "")).name,
         "dtype": model.plan.model.dtype,
         "device": name,
         "plan": model.plan.digest(),
