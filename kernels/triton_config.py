@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, TypeVar
 
+from fluxc.errors import InternalError
+
 Loader = Literal["gluon", "tma", "pointer"]
 T = TypeVar("T")
 
@@ -26,7 +28,7 @@ class Tiles:
     warps: int = 8
     stages: int = 3
     """Key tiles in flight."""
-    wait_last: bool = False
+    wait_last: bool = True
     """Gluon only: wait for the value product after the exponentials instead of where ptxas puts the wait."""
 
 
@@ -127,22 +129,24 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def tiles_for(capability: int, width: int) -> Tiles | None:
-    """The pinned entry for heads of `width` on sm_`capability`; None if the table serves no such heads."""
+def tiles_for(capability: int, width: int) -> Tiles:
+    """The pinned entry for heads of `width` on sm_`capability`; raises InternalError if there is none."""
     return _nearest(TILES, capability, width)
 
 
-def backward_for(capability: int, width: int) -> BackwardTiles | None:
+def backward_for(capability: int, width: int) -> BackwardTiles:
     """The pinned entry of the gradient kernels."""
     return _nearest(BACKWARD, capability, width)
 
 
-def decode_for(capability: int, width: int) -> DecodeTiles | None:
+def decode_for(capability: int, width: int) -> DecodeTiles:
     """The pinned entry of the decode kernel."""
     return _nearest(DECODE, capability, width)
 
 
-def _nearest(table: dict[tuple[int, int], T], capability: int, width: int) -> T | None:
+def _nearest(table: dict[tuple[int, int], T], capability: int, width: int) -> T:
     dim = max(64, padded(width))
     known = [arch for arch, of in table if arch <= capability and of == dim]
-    return table[max(known), dim] if known else None
+    if not known:
+        raise InternalError(f"no Triton tile sizes for heads of {width} on sm_{capability}")
+    return table[max(known), dim]

@@ -154,9 +154,7 @@ def decode_attention(
 
 def _tiles(q: Tensor) -> DecodeTiles:
     major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
-    tiles = config.decode_for(10 * major + minor, q.shape[-1])
-    assert tiles is not None, "unsupported() admits no such head"
-    return tiles
+    return config.decode_for(10 * major + minor, q.shape[-1])
 
 
 def _splits(q: Tensor, page_table: Tensor, kv_heads: int, tiles: DecodeTiles) -> int:

@@ -111,7 +111,6 @@ def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Til
     capability = 10 * major + minor
     width = max(q.shape[-1], v.shape[-1])
     tiles = config.tiles_for(capability, width)
-    assert tiles is not None, "unsupported() admits no such head"
     if tiles.loader == "gluon" and not_gluon(q, k, v, call):
         tiles = config.PLAIN_TMA[max(64, config.padded(width))]
     if tiles.loader == "tma" and not_tma(q, k, v):

@@ -30,10 +30,9 @@ def _arrive(counter):
 def _meet(counter, parts):
     """Wait until all programs of the request have come here."""
     _arrive(counter)
-    seen = 0
+    seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
     while seen < parts:
-        seen = tl.inline_asm_elementwise("ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [counter], dtype=tl.int32,
-                                         is_pure=False, pack=1)  # fmt: skip
+        seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
     tl.debug_barrier()
 
 

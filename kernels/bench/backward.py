@@ -55,20 +55,23 @@ def _call(case: Case) -> Call:
     return Call(case.shape.width**-0.5, case.sink, case.window)
 
 
-def _prepared(case: Case) -> tuple[Tensor, ...]:
+Prepared = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _prepared(case: Case) -> Prepared:
     q, k, v = operands(case, DTYPE)
     out, lse = attend_with_lse(q, k, v, _call(case))
     return q, k, v, out, lse, torch.randn_like(out)
 
 
-def _ours(case: Case, tiles: BackwardTiles, x: tuple[Tensor, ...]) -> Any:
+def _ours(case: Case, tiles: BackwardTiles, x: Prepared) -> Any:
     return lambda _: gradients(*x, _call(case), tiles)
 
 
-def _cudnn(x: tuple[Tensor, ...]) -> Any:
-    leaves = [t.detach().requires_grad_() for t in x[:3]]
+def _cudnn(x: Prepared) -> Any:
+    q, k, v = leaves = [t.detach().requires_grad_() for t in x[:3]]
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        out = F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     grad = x[5].transpose(1, 2)
     return lambda _: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 

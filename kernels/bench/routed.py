@@ -40,11 +40,12 @@ def _call(case: Case, route: Tensor | None = None, full: bool = False) -> Call:
 
 
 def _by_flag(case: Case, route: Tensor) -> Any:
-    return lambda x: attend(*x, _call(case, route))
+    return lambda x: attend(x[0], x[1], x[2], _call(case, route))
 
 
 def _each(case: Case, routes: list[bool]) -> Any:
     def run(x: Operands) -> list[Tensor]:
-        return [attend(*(t[b : b + 1] for t in x), _call(case, full=full)) for b, full in enumerate(routes)]
+        calls = [_call(case, full=full) for full in routes]
+        return [attend(x[0][b, None], x[1][b, None], x[2][b, None], call) for b, call in enumerate(calls)]
 
     return run
