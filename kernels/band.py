@@ -1,12 +1,16 @@
-"""Banded rows: each sees the first `sink` keys and its last `window`, computed a chunk of rows at a time.
+"""Banded rows: each sees the first `sink` keys and its last `window`, computed many small chunks of rows at a time.
 
-A chunk's keys are put side by side, [sink keys | keys of the chunk's windows], so that one flash call with one small
-mask, the same for all chunks, computes it: nothing to merge, no work beyond a chunk's own rows.
+Two pieces cover a group of chunks, and are merged by log-sum-exp:
 
-    row t of the chunk, key u after the sink:  visible when t <= u < t + window
+1. the windows: chunk c of C rows reads the window - 1 + C keys that end with its last row. All chunks look alike, so
+   one flash call with one small mask computes them side by side over overlapping views of the keys, without a copy:
 
-To bring the sink next to the windows without gathering each chunk, the keys are copied once and the sink is written
-over the keys just before the chunk's windows. Chunks run in order, so no later chunk reads what is overwritten.
+       row t of the chunk, key u of its view:  visible when t <= u < t + window
+
+2. the sink: all rows see all of its keys.
+
+The G query heads of a key/value head stand one after the other as rows of a chunk, so that few tokens, which waste
+little on the mask, still fill the kernel's blocks.
 """
 
 from __future__ import annotations
@@ -19,66 +23,64 @@ from torch import Tensor
 
 from fluxc.kernels.row_plan import Segment
 
-# The CPU flash kernel works in blocks of 64 rows from 192 on, of 32 below; fewer tokens than 64 cost too many calls.
-FOLDED_ROWS = 192
-FEW_TOKENS = 64
-FEWEST_TOKENS = 32  # for windows narrower than twice this
+CHUNK_TOKENS = 64
+GROUP_TOKENS = 4096  # rows of a call: few calls, yet their outputs stay in the cache until they are merged
+GROUP_KEYS = 16384  # keys of a call, where the views of the keys are copied
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Rows `rows` (absolute) with their keys k [Hk,T,D], v [Hk,T,Dv], and mask [G*R,T].
+class Group:
+    """`count` chunks of `tokens` rows each, from absolute row `begin` on, of a band."""
 
-    `keys` says where the keys after the sink lie in the whole. The G query heads of a key/value head stand one after
-    the other as rows (`fold`), so that few tokens still fill the kernel's blocks.
-    """
+    begin: int
+    tokens: int
+    count: int
+    band: Segment
 
-    rows: slice
-    keys: slice
-    k: Tensor
-    v: Tensor
-    mask: Tensor
+    @property
+    def end(self) -> int:
+        return self.begin + self.tokens * self.count
 
+    @property
+    def views(self) -> list[slice]:
+        """The keys each chunk reads besides the sink."""
+        last = range(self.begin + self.tokens, self.end + 1, self.tokens)
+        return [slice(at - self.tokens - self.band.window + 1, at) for at in last]
 
-def chunks(band: Segment, k: Tensor, v: Tensor, groups: int) -> Iterator[Chunk]:
-    """Cut a band into chunks; k [Hk,T,D] and v [Hk,T,Dv] are read only. A chunk is valid until the next is asked."""
-    sink, window = band.sink, band.window
-    step = min(chunk_rows(window, groups), band.end - band.begin)
-    first = band.begin - window + 1 - sink
-    sides = [(x[:, :sink], x[:, first : band.end].clone(memory_format=torch.contiguous_format)) for x in (k, v)]
-    mask = band_mask(step, sink, window, k)
-    folded = mask.repeat(groups, 1)
-    for begin in range(band.begin, band.end, step):
-        end = min(begin + step, band.end)
-        at = begin - band.begin
-        for kept, copy in sides:
-            copy[:, at : at + sink] = kept
-        width = sink + window - 1 + end - begin
-        b_k, b_v = (copy[:, at : at + width] for _, copy in sides)
-        if end - begin < step:
-            folded = mask[: end - begin, :width].repeat(groups, 1)
-        yield Chunk(slice(begin, end), slice(begin - window + 1, end), b_k, b_v, folded)
+    def fold(self, x: Tensor) -> Tensor:
+        """Rows of the group, [Hk,G,R,..] -> [count,Hk,G*tokens,..]."""
+        return x.unflatten(2, (self.count, self.tokens)).movedim(2, 0).flatten(2, 3)
 
+    def unfold(self, x: Tensor) -> Tensor:
+        """[count,Hk,G*tokens,..] -> [Hk,G,count,tokens,..]"""
+        return x.unflatten(2, (-1, self.tokens)).movedim(0, 2)
 
-def fold(x: Tensor) -> Tensor:
-    """[Hk,G,R,..] -> [Hk,1,G*R,..]"""
-    return x.flatten(1, 2).unsqueeze(1)
+    def windows(self, x: Tensor) -> Tensor:
+        """Keys or values x [Hk,1,T,D] as the chunks' overlapping views [count,Hk,window-1+tokens,D]."""
+        keys = x[:, 0, self.views[0].start : self.end]
+        return keys.unfold(1, self.band.window - 1 + self.tokens, self.tokens).permute(1, 0, 3, 2)
+
+    def sinks(self, x: Tensor) -> Tensor:
+        """Keys or values x [Hk,1,T,D] of the sink, the same for all chunks: [count,Hk,sink,D]."""
+        return x[None, :, 0, : self.band.sink].expand(self.count, -1, -1, -1)
 
 
-def unfold(x: Tensor, groups: int) -> Tensor:
-    """[Hk,1,G*R,..] -> [Hk,G,R,..]"""
-    return x.squeeze(1).unflatten(1, (groups, -1))
+def groups(band: Segment, *, views_are_copied: bool) -> Iterator[Group]:
+    """Cut a band into groups of equal chunks; the rows left over are a chunk of their own."""
+    most = GROUP_KEYS // (band.window - 1 + CHUNK_TOKENS) if views_are_copied else GROUP_TOKENS // CHUNK_TOKENS
+    whole, begin = (band.end - band.begin) // CHUNK_TOKENS, band.begin
+    while whole:
+        group = Group(begin, CHUNK_TOKENS, min(whole, max(1, most)), band)
+        yield group
+        whole, begin = whole - group.count, group.end
+    if begin < band.end:
+        yield Group(begin, band.end - begin, 1, band)
 
 
-def chunk_rows(window: int, groups: int) -> int:
-    """Tokens of a chunk: all heads of a group together fill the kernel's blocks, and the mask hides little."""
-    return max(FEWEST_TOKENS, min(max(FEW_TOKENS, FOLDED_ROWS // groups), window // 2))
-
-
-def band_mask(rows: int, sink: int, window: int, like: Tensor) -> Tensor:
-    """Additive mask [rows, sink + window - 1 + rows] in the dtype of `like`: 0 where visible, else -inf."""
-    row = torch.arange(rows, device=like.device).unsqueeze(1)
-    key = torch.arange(window - 1 + rows, device=like.device)
-    mask = like.new_full((rows, sink + window - 1 + rows), 0.0)
-    mask[:, sink:].masked_fill_((key < row) | (key >= row + window), -torch.inf)
-    return mask
+def window_mask(group: Group, heads: int, like: Tensor) -> Tensor:
+    """Additive mask [heads*tokens, window-1+tokens] in the dtype of `like`: 0 where visible, else -inf."""
+    row = torch.arange(group.tokens, device=like.device).unsqueeze(1)
+    key = torch.arange(group.band.window - 1 + group.tokens, device=like.device)
+    hidden = (key < row) | (key >= row + group.band.window)
+    mask = like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+    return mask.repeat(heads, 1)

@@ -21,16 +21,16 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def explicit(
     q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of q [N,G,R,D] over k [N,T,D], v [N,T,Dv] -> out [N,G,R,Dv] and log-sum-exp [N,G,R]."""
+    """Attention of q [X,Y,R,D] over k, v [X,Y|1,T,D] -> out [X,Y,R,D] and log-sum-exp [X,Y,R]."""
     kind = sum_dtype(q.dtype)
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=kind)
-    for rows, keys in _blocks(q.shape[2], k.shape[1], causal):
-        scores = _scores(q[:, :, rows], k[:, keys], scale, softcap)
+    for rows, keys in _blocks(q.shape[2], k.shape[2], causal):
+        scores = _scores(q[:, :, rows], k[:, :, keys], scale, softcap)
         _hide(scores, rows, keys, causal, mask)
         lse[:, :, rows] = torch.logsumexp(scores, -1)
         weights = scores.sub_(lse[:, :, rows].unsqueeze(-1)).exp_()
-        out[:, :, rows] = weights @ v[:, None, keys].to(kind)
+        out[:, :, rows] = weights @ v[:, :, keys].to(kind)
     return out, lse
 
 
@@ -46,21 +46,21 @@ def explicit_backward(
     causal: bool,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients dq [N,G,R,D], dk [N,T,D], dv [N,T,Dv] in the sums dtype, given the whole row's out and lse."""
+    """Gradients dq [X,Y,R,D], dk and dv [X,Y|1,T,D] in the sums dtype, given the whole row's out and lse."""
     kind = sum_dtype(q.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=kind, device=x.device) for x in (q, k, v))
-    for rows, keys in _blocks(q.shape[2], k.shape[1], causal):
+    for rows, keys in _blocks(q.shape[2], k.shape[2], causal):
         b_q, b_grad, b_out = (x[:, :, rows].to(kind) for x in (q, grad, out))
-        b_k, b_v = k[:, None, keys].to(kind), v[:, None, keys].to(kind)
-        scores = _scores(b_q, k[:, keys], scale, softcap)
+        b_k, b_v = k[:, :, keys].to(kind), v[:, :, keys].to(kind)
+        scores = _scores(b_q, k[:, :, keys], scale, softcap)
         slope = 1 - (scores / softcap) ** 2 if softcap else 1.0
         _hide(scores, rows, keys, causal, mask)
         weights = scores.sub_(lse[:, :, rows].unsqueeze(-1)).exp_()
         delta = (b_grad * b_out).sum(-1, keepdim=True)
         dscores = weights * (b_grad @ b_v.transpose(-1, -2) - delta) * slope * scale
         dq[:, :, rows] = dscores @ b_k
-        dk[:, keys] += (dscores.transpose(-1, -2) @ b_q).sum(1)
-        dv[:, keys] += (weights.transpose(-1, -2) @ b_grad).sum(1)
+        dk[:, :, keys] += (dscores.transpose(-1, -2) @ b_q).sum_to_size(b_k.shape)
+        dv[:, :, keys] += (weights.transpose(-1, -2) @ b_grad).sum_to_size(b_v.shape)
     return dq, dk, dv
 
 
@@ -72,7 +72,7 @@ def _blocks(rows: int, keys: int, causal: bool) -> Iterator[tuple[slice, slice]]
 
 def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
     kind = sum_dtype(q.dtype)
-    scores = (q.to(kind) * scale) @ k[:, None].to(kind).transpose(-1, -2)
+    scores = (q.to(kind) * scale) @ k.to(kind).transpose(-1, -2)
     return scores.div_(softcap).tanh_().mul_(softcap) if softcap else scores
 
 

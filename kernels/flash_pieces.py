@@ -1,8 +1,8 @@
 """Flash attention over one piece of the (query, key) plane, its gradient, and the log-sum-exp merge of pieces.
 
 A piece returns its own normalised output and the log-sum-exp of its scores, so that pieces over disjoint keys merge
-exactly. Axes: N key/value heads, G query heads of one key/value head, R rows, T keys, D and Dv widths. Keys are shared
-by the G heads as a stride-0 view: heads are never repeated in memory.
+exactly. Axes: X and Y count whatever is computed side by side (chunks, key/value heads, query heads of one), R rows, T
+keys, D the width of all of q, k and v. Keys may have one Y for all of q's: a stride-0 view, never repeated in memory.
 """
 
 from __future__ import annotations
@@ -27,18 +27,17 @@ class Scores:
 def flash(
     q: Tensor, k: Tensor, v: Tensor, how: Scores, *, causal: bool = False, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of q [N,G,R,D] over k [N,T,D], v [N,T,Dv] -> out [N,G,R,Dv] and log-sum-exp [N,G,R].
+    """Attention of q [X,Y,R,D] over k, v [X,Y|1,T,D] -> out [X,Y,R,D] and log-sum-exp [X,Y,R].
 
     `causal` needs R == T: row i sees keys j <= i. `mask` [R,T] in q's dtype is added to the scores.
     """
-    if how.softcap or not _has_kernel(q, mask):
+    if not has_kernel(q, how, mask):
         return explicit(q, k, v, how.scale, how.softcap, causal, mask)
-    width = v.shape[-1]
-    q, k, v = _one_width(q, k, v)
-    out, lse = _kernel(*_folded(q, k, v), causal, mask, how.scale)
     if q.shape[1] == 1:
-        out, lse = out.transpose(0, 1), lse.transpose(0, 1)
-    return out[..., :width], lse
+        # The kernel's output runs [X,R,Y,D] in memory: with the heads as Y that is the order of the op's output.
+        out, lse = _kernel(*(x.transpose(0, 1) for x in (q, k, v)), causal, mask, how.scale)
+        return out.transpose(0, 1), lse.transpose(0, 1)
+    return _kernel(q, k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1), causal, mask, how.scale)
 
 
 def flash_backward(
@@ -53,24 +52,23 @@ def flash_backward(
     causal: bool = False,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one piece -> dq [N,G,R,D], dk [N,T,D], dv [N,T,Dv].
+    """Gradients of one piece -> dq [X,Y,R,D], dk and dv [X,Y|1,T,D].
 
     `out` and `lse` are those of the whole row, all pieces merged: each piece's share of the gradient is then exact.
     """
     if how.softcap or q.device.type != "cpu":
         return explicit_backward(grad, q, k, v, out, lse, how.scale, how.softcap, causal, mask)
-    depth, width = q.shape[-1], v.shape[-1]
-    q, k, v = _one_width(q, k, v)
-    grad, out = (F.pad(_dense_rows(x), (0, v.shape[-1] - width)) for x in (grad, out))
-    heads = q.shape[1]
+    b_k, b_v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, _share(k, heads), _share(v, heads), out, lse, 0.0, causal, attn_mask=_rank4(mask), scale=how.scale
+        grad, q, b_k, b_v, out, lse, 0.0, causal, attn_mask=_rank4(mask), scale=how.scale
     )
-    return dq[..., :depth], _sum_heads(dk)[..., :depth], _sum_heads(dv)[..., :width]
+    if k.shape[1] == q.shape[1]:
+        return dq, dk, dv
+    return dq, dk.sum(1, keepdim=True, dtype=sum_dtype(dk.dtype)), dv.sum(1, keepdim=True, dtype=sum_dtype(dv.dtype))
 
 
 def merge_(out: Tensor, lse: Tensor, piece_out: Tensor, piece_lse: Tensor) -> None:
-    """Fold a piece into (out [..,R,Dv], lse [..,R]) in place; both hold at least one key in every row."""
+    """Fold a piece into (out [..,R,D], lse [..,R]) in place; both hold at least one key in every row."""
     weight = torch.sigmoid(piece_lse - lse).unsqueeze(-1)
     if out.dtype == weight.dtype:
         torch.lerp(out, piece_out, weight, out=out)
@@ -79,10 +77,25 @@ def merge_(out: Tensor, lse: Tensor, piece_out: Tensor, piece_lse: Tensor) -> No
     torch.logaddexp(lse, piece_lse, out=lse)
 
 
-def _has_kernel(q: Tensor, mask: Tensor | None) -> bool:
+def has_kernel(q: Tensor, how: Scores, mask: Tensor | None) -> bool:
+    """Whether a flash kernel takes the piece; the explicit path materialises a block of its scores."""
+    if how.softcap:
+        return False
     if q.device.type == "cpu":
         return True
     return mask is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0
+
+
+def as_kernels_want(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v with rows that are one run in memory, and one width: zeros fill the narrower, and change nothing."""
+    width = max(q.shape[-1], v.shape[-1])
+    q, k, v = (fill(x if x.stride(-1) == 1 else x.contiguous(), width) for x in (q, k, v))
+    return q, k, v
+
+
+def fill(x: Tensor, width: int) -> Tensor:
+    """x [..,D] with zeros up to `width`."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -94,34 +107,5 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, 
     return out[0], out[1]
 
 
-def _folded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """4-axis views for the kernel, whose output runs [batch,row,head]: without groups that is already [S,H,Dv]."""
-    if q.shape[1] == 1:
-        return q.transpose(0, 1), k.unsqueeze(0), v.unsqueeze(0)
-    return q, _share(k, q.shape[1]), _share(v, q.shape[1])
-
-
-def _share(x: Tensor, heads: int) -> Tensor:
-    return x.unsqueeze(1).expand(-1, heads, -1, -1)
-
-
-def _sum_heads(x: Tensor) -> Tensor:
-    return x[:, 0] if x.shape[1] == 1 else x.sum(1, dtype=sum_dtype(x.dtype))
-
-
-def _one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernels want D == Dv: the narrower side is padded with zeros, which change nothing."""
-    depth, width = q.shape[-1], v.shape[-1]
-    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
-    if depth < width:
-        return F.pad(q, (0, width - depth)), F.pad(k, (0, width - depth)), v
-    return (q, k, F.pad(v, (0, depth - width))) if width < depth else (q, k, v)
-
-
 def _rank4(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask[None, None]
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    """The kernels read each row as one run."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fluxc.kernels.band import chunks, fold, unfold
+from fluxc.kernels.band import groups, window_mask
 from fluxc.kernels.explicit import sum_dtype
-from fluxc.kernels.flash_pieces import Scores, flash, flash_backward, merge_
+from fluxc.kernels.flash_pieces import Scores, as_kernels_want, fill, flash, flash_backward, has_kernel, merge_
 from fluxc.kernels.row_plan import Segment
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request, heads grouped: q [Hk,G,S,D], k [Hk,T,D], v [Hk,T,Dv], out [Hk,G,S,Dv], lse [Hk,G,S].
+    """One request, heads grouped: q [Hk,G,S,D], k and v [Hk,1,T,D], out [Hk,G,S,D], lse [Hk,G,S].
 
     `start` is the absolute position of the first row.
     """
@@ -36,6 +36,16 @@ class Request:
         return slice(begin - self.start, end - self.start)
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """Of one request: grad [Hk,G,S,D] of its output comes in, dq [Hk,G,S,D], dk and dv [Hk,1,T,D] are added up."""
+
+    grad: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, plans: Sequence[list[Segment]], how: Scores, sink_logits: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -44,6 +54,8 @@ def attend(
     -> out [B,S,H,Dv] contiguous and the log-sum-exp of each row [B,H,S] (sums dtype), sink logits included.
     """
     B, H, S, _ = q.shape
+    width = v.shape[-1]
+    q, k, v = as_kernels_want(q, k, v)
     out = q.new_empty(B, S, H, v.shape[-1])
     lse = q.new_empty(B, H, S, dtype=sum_dtype(q.dtype))
     for b, plan in enumerate(plans):
@@ -53,21 +65,26 @@ def attend(
             forward(request, segment, how)
     if sink_logits is not None:
         _add_sink_logits(out, lse, sink_logits)
-    return out, lse
+    return out[..., :width].contiguous(), lse
 
 
 def attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plans: Sequence[list[Segment]], how: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend` for q, k, v, from its merged out [B,S,H,Dv] and log-sum-exp [B,H,S]."""
+    shapes = q.shape, k.shape, v.shape
+    q, k, v = as_kernels_want(q, k, v)
+    grad, out = (fill(x.contiguous(), v.shape[-1]) for x in (grad, out))
     dq, dk, dv = (torch.zeros(x.shape, dtype=sum_dtype(x.dtype), device=x.device) for x in (q, k, v))
     for b, plan in enumerate(plans):
         request = _request(b, q, k, v, out, lse, plan)
-        b_grad, b_dq = _heads_first(grad[b], k.shape[1]), dq[b].unflatten(0, (k.shape[1], -1))
+        shares = _request(b, dq, dk, dv, grad, lse, plan)
+        into = Gradients(shares.out, shares.q, shares.k, shares.v)
         for segment in plan:
             backward = _band_backward if segment.window else _full_backward
-            backward(request, segment, how, b_grad, b_dq, dk[b], dv[b])
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+            backward(request, segment, how, into)
+    dq, dk, dv = (x[..., : shape[-1]].to(q.dtype).contiguous() for x, shape in zip((dq, dk, dv), shapes, strict=True))
+    return dq, dk, dv
 
 
 def sink_logits_grad(grad: Tensor, out: Tensor, lse: Tensor, sink_logits: Tensor) -> Tensor:
@@ -79,68 +96,64 @@ def sink_logits_grad(grad: Tensor, out: Tensor, lse: Tensor, sink_logits: Tensor
 
 def _request(b: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Sequence[Segment]) -> Request:
     split = (k.shape[1], -1)
-    return Request(
-        q[b].unflatten(0, split),
-        k[b],
-        v[b],
-        _heads_first(out[b], k.shape[1]),
-        lse[b].unflatten(0, split),
-        plan[0].begin,
-    )
-
-
-def _heads_first(x: Tensor, kv_heads: int) -> Tensor:
-    """[S,H,Dv] -> view [Hk,G,S,Dv]."""
-    return x.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+    b_out = out[b].unflatten(1, split).permute(1, 2, 0, 3)
+    b_k, b_v = k[b].unsqueeze(1), v[b].unsqueeze(1)
+    return Request(q[b].unflatten(0, split), b_k, b_v, b_out, lse[b].unflatten(0, split), plan[0].begin)
 
 
 def _full(request: Request, segment: Segment, how: Scores) -> None:
     rows, begin, end = request.rows(segment.begin, segment.end), segment.begin, segment.end
     q, out, lse = request.q[:, :, rows], request.out[:, :, rows], request.lse[:, :, rows]
-    own = flash(q, request.k[:, begin:end], request.v[:, begin:end], how, causal=True)
+    own = flash(q, request.k[:, :, begin:end], request.v[:, :, begin:end], how, causal=True)
     out.copy_(own[0])
     lse.copy_(own[1])
     if begin:
-        merge_(out, lse, *flash(q, request.k[:, :begin], request.v[:, :begin], how))
+        merge_(out, lse, *flash(q, request.k[:, :, :begin], request.v[:, :, :begin], how))
 
 
-def _band(request: Request, segment: Segment, how: Scores) -> None:
-    groups = request.q.shape[1]
-    for chunk in chunks(segment, request.k, request.v, groups):
-        rows = request.rows(chunk.rows.start, chunk.rows.stop)
-        out, lse = flash(fold(request.q[:, :, rows]), chunk.k, chunk.v, how, mask=chunk.mask)
-        request.out[:, :, rows] = unfold(out, groups)
-        request.lse[:, :, rows] = unfold(lse, groups)
-
-
-def _full_backward(
-    request: Request, segment: Segment, how: Scores, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
-) -> None:
+def _full_backward(request: Request, segment: Segment, how: Scores, into: Gradients) -> None:
     rows = request.rows(segment.begin, segment.end)
-    by_row = [x[:, :, rows] for x in (request.q, request.out, request.lse)]
+    grad, q, out, lse = (x[:, :, rows] for x in (into.grad, request.q, request.out, request.lse))
     for keys, causal in ((slice(segment.begin, segment.end), True), (slice(0, segment.begin), False)):
         if keys.start == keys.stop:
             continue
-        q, out, lse = by_row
-        found = flash_backward(
-            grad[:, :, rows], q, request.k[:, keys], request.v[:, keys], out, lse, how, causal=causal
-        )
-        for total, part in zip((dq[:, :, rows], dk[:, keys], dv[:, keys]), found, strict=True):
+        k, v = request.k[:, :, keys], request.v[:, :, keys]
+        found = flash_backward(grad, q, k, v, out, lse, how, causal=causal)
+        for total, part in zip((into.dq[:, :, rows], into.dk[:, :, keys], into.dv[:, :, keys]), found, strict=True):
             total += part
 
 
-def _band_backward(
-    request: Request, segment: Segment, how: Scores, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
-) -> None:
-    sink, groups = segment.sink, request.q.shape[1]
-    for chunk in chunks(segment, request.k, request.v, groups):
-        rows = request.rows(chunk.rows.start, chunk.rows.stop)
-        b_grad, q, out, lse = (fold(x[:, :, rows]) for x in (grad, request.q, request.out, request.lse))
-        found = flash_backward(b_grad, q, chunk.k, chunk.v, out, lse, how, mask=chunk.mask)
-        dq[:, :, rows] += unfold(found[0], groups)
-        for total, part in zip((dk, dv), found[1:], strict=True):
-            total[:, :sink] += part[:, :sink]
-            total[:, chunk.keys] += part[:, sink:]
+def _band(request: Request, segment: Segment, how: Scores) -> None:
+    mask = request.q.new_empty(0)
+    for group in groups(segment, views_are_copied=not has_kernel(request.q, how, mask)):
+        rows = request.rows(group.begin, group.end)
+        if mask.shape[-1] != segment.window - 1 + group.tokens:
+            mask = window_mask(group, request.q.shape[1], request.q)
+        q = group.fold(request.q[:, :, rows])
+        out, lse = flash(q, group.windows(request.k), group.windows(request.v), how, mask=mask)
+        if segment.sink:
+            merge_(out, lse, *flash(q, group.sinks(request.k), group.sinks(request.v), how))
+        request.out[:, :, rows].unflatten(2, (group.count, -1)).copy_(group.unfold(out))
+        request.lse[:, :, rows].unflatten(2, (group.count, -1)).copy_(group.unfold(lse))
+
+
+def _band_backward(request: Request, segment: Segment, how: Scores, into: Gradients) -> None:
+    for group in groups(segment, views_are_copied=True):
+        rows = request.rows(group.begin, group.end)
+        mask = window_mask(group, request.q.shape[1], request.q)
+        grad, q, out, lse = (group.fold(x[:, :, rows]) for x in (into.grad, request.q, request.out, request.lse))
+        k, v = group.windows(request.k), group.windows(request.v)
+        dq, dk, dv = flash_backward(grad, q, k, v, out, lse, how, mask=mask)
+        into.dq[:, :, rows].unflatten(2, (group.count, -1)).add_(group.unfold(dq))
+        for chunk, keys in enumerate(group.views):
+            into.dk[:, 0, keys] += dk[chunk]
+            into.dv[:, 0, keys] += dv[chunk]
+        if segment.sink:
+            k, v = group.sinks(request.k), group.sinks(request.v)
+            dq, dk, dv = flash_backward(grad, q, k, v, out, lse, how)
+            into.dq[:, :, rows].unflatten(2, (group.count, -1)).add_(group.unfold(dq))
+            into.dk[:, 0, : segment.sink] += dk.sum(0, dtype=into.dk.dtype)
+            into.dv[:, 0, : segment.sink] += dv.sum(0, dtype=into.dv.dtype)
 
 
 def _add_sink_logits(out: Tensor, lse: Tensor, sink_logits: Tensor) -> None:

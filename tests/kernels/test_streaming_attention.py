@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fluxc import kernels
 from fluxc.errors import UserError
-from fluxc.kernels.band import chunk_rows
+from fluxc.kernels.band import CHUNK_TOKENS, GROUP_TOKENS
 from fluxc.kernels.streaming_attention import op
 from fluxc.kernels.streaming_attention.reference import streaming_attention as reference
 from fluxc.testing import (
@@ -39,7 +39,7 @@ def test_equals_the_reference(rows, heads):
 
 
 @pytest.mark.parametrize("sink", [0, 1, 31, 32, 33, 200])
-@pytest.mark.parametrize("window", [1, 2, 31, 32, 33, 63, 64, 65, 200])
+@pytest.mark.parametrize("window", [1, 2, 33, 63, 64, 65, 200])
 def test_every_size(sink, window):
     agrees(*random_qkv(1, 2, 1, 150, 8), sink=sink, window=window)
 
@@ -49,15 +49,13 @@ def test_every_size(sink, window):
 @pytest.mark.parametrize("window", [255, 512])
 @pytest.mark.parametrize("groups", [1, 2, 3])
 def test_edges_of_chunks(chunks, extra, window, groups):
-    rows = 64 + window + chunks * chunk_rows(window, groups) + extra
+    rows = 64 + window + chunks * CHUNK_TOKENS + extra
     agrees(*random_qkv(1, groups, 1, rows, 8), sink=64, window=window)
 
 
-@pytest.mark.parametrize(
-    ("window", "groups", "rows"), [(1, 1, 32), (100, 1, 50), (1024, 1, 192), (1024, 3, 64), (512, 8, 64)]
-)
-def test_a_chunk_fills_the_kernel_but_not_the_mask(window, groups, rows):
-    assert chunk_rows(window, groups) == rows
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_edges_of_groups(extra):
+    agrees(*random_qkv(1, 1, 1, 40 + GROUP_TOKENS + extra, 4), sink=10, window=30)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -138,15 +136,18 @@ def test_every_row_is_written(softcap):
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_memory_is_linear_in_both_directions(softcap):
-    rows = 2048
-    q, k, v = random_qkv(1, 2, 1, rows, 8)
-    options = {**HOW, "sink": 8, "window": 64, "softcap": softcap}
-    with LargestAllocation() as seen:
-        op.row_call(q, k, v, **options).forward()
-    assert seen.bytes < rows * rows * 4 / 16
-    with LargestAllocation() as seen:
-        gradients(lambda q, k, v: streaming(q, k, v, **options), q, k, v)
-    assert seen.bytes < rows * rows * 4 / 16
+    def largest(rows):
+        q, k, v = random_qkv(1, 2, 1, rows, 8)
+        options = {**HOW, "sink": 8, "window": 64, "softcap": softcap}
+        with LargestAllocation() as forward:
+            op.row_call(q, k, v, **options).forward()
+        with LargestAllocation() as backward:
+            gradients(lambda q, k, v: streaming(q, k, v, **options), q, k, v)
+        return max(forward.bytes, backward.bytes)
+
+    # Twice, and a little more: the first sink + window rows are no band.
+    assert largest(4096) < 2.2 * largest(2048)
+    assert largest(4096) < 4096 * 4096 * 4 / 16
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
