@@ -31,13 +31,13 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(RUN) -m pytest -q --durations=10
+	$(RUN) -m pytest -q -n 2 --dist loadfile --durations=10
 
 # Everything: also SmolLM2 through every part, and what takes minutes.
 test-full: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(RUN) -m pytest -q --durations=20 -m "not gpu"
+	$(RUN) -m pytest -q -n 2 --dist loadfile --durations=20 -m "not gpu"
 
 # mypy does not follow the package map of an editable install: it gets the packages laid out as they are installed.
 lint: $(VENV)/test.stamp

@@ -32,6 +32,7 @@ def refuse(work: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Refuse]:
 
     def call(*argv: str) -> str:
         before = tree(work)
+        capsys.readouterr()  # what building the input printed
         code = main(list(argv))
         captured = capsys.readouterr()
         lines = captured.err.splitlines()
