@@ -14,6 +14,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # `python -P` keeps the checkout off the path, where its kernels/ would hide Hugging Face's package of that name.
 RUN := $(BIN)/python -P
 CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3)
+# A process a core, one thread each: tests are many and small. Tests of a file stay together and share its fixtures.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --dist loadfile
 SUITABLE := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 
 .PHONY: help demo bench-prefill bench-quality test test-full lint clean clean-demo
