@@ -14,9 +14,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # `python -P` keeps the checkout off the path, where its kernels/ would hide Hugging Face's package of that name.
 RUN := $(BIN)/python -P
 CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3)
-# A process a core, one thread each: tests are many and small. Tests of a file stay together and share its fixtures.
+# Two workers of one thread each (tests/conftest.py); the tests of a file stay together and share its fixtures.
 JOBS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --dist loadfile
+PYTEST := $(RUN) -m pytest -q -n $(JOBS) --dist loadfile
 SUITABLE := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 
 .PHONY: help demo bench-prefill bench-quality test test-full lint clean clean-demo
@@ -34,13 +34,13 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(RUN) -m pytest -q -n 2 --dist loadfile --durations=10
+	$(PYTEST) --durations=10
 
 # Everything: also SmolLM2 through every part, and what takes minutes.
 test-full: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(RUN) -m pytest -q -n 2 --dist loadfile --durations=20 -m "not gpu"
+	$(PYTEST) --durations=20 -m "not gpu"
 
 # mypy does not follow the package map of an editable install: it gets the packages laid out as they are installed.
 lint: $(VENV)/test.stamp
