@@ -106,7 +106,7 @@ class Calibration:
         return measure_needs(
             program,
             prompts,
-            self._effort.points,
+            self._effort.gradients,
             cache=self.cache,
             salt=salt,
             device=self.device,

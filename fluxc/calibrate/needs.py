@@ -26,10 +26,11 @@ CHECKPOINT_TOKENS = 3000
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One prompt, measured at several points.
+    """One prompt, measured at several points (shares of SA in every layer's output).
 
-    needs fp32 [P,L], in nats of the mean answer loss; pooled fp32 [P,L,D], the queries each router saw at that point;
-    losses [P] at those points.
+    needs fp32 [G,L], in nats of the mean answer loss, at the points where gradients were taken; pooled fp32 [P,L,D],
+    the queries each router saw at each of `points`; losses [P] at those points. The first point is dense, the last
+    all-sparse.
     """
 
     task: str
@@ -40,7 +41,7 @@ class Measurement:
 
     @property
     def need(self) -> Tensor:
-        """The need of each layer, averaged over the points, fp32 [L]."""
+        """The need of each layer, averaged over the points with gradients, fp32 [L]."""
         return self.needs.mean(0)
 
 
@@ -52,22 +53,24 @@ def routable_layers(program: ExportedProgram) -> list[int]:
 def measure_needs(
     program: ExportedProgram,
     prompts: Sequence[TokenizedPrompt],
-    points: Sequence[float],
+    gradients: Sequence[float],
     *,
     cache: Path | None = None,
     salt: str = "",
     device: str = "cpu",
     advance: Callable[[], None] = lambda: None,
 ) -> list[Measurement]:
-    """Needs of all prompts at the given shares of SA (0 dense, 1 all-sparse).
+    """Needs of all prompts, from gradients at the given shares of SA (0 dense, 1 all-sparse).
 
+    Dense and all-sparse runs are always made, for their losses and pooled queries, without gradients if need be.
     With `cache`, each prompt's result is kept there and a later call continues after it. `salt` names everything
     besides the prompt that the result depends on (weights, kinds and sizes). The program must be on `device`.
     """
-    watchers = [_Watcher(program, point, device) for point in points]
+    points = sorted({0.0, 1.0, *gradients})
+    watchers = [_Watcher(program, point, device, point in gradients) for point in points]
     results = []
     for prompt in prompts:
-        path = cache / f"need-{_key(prompt, points, salt)}.json" if cache else None
+        path = cache / f"need-{_key(prompt, gradients, salt)}.json" if cache else None
         found = _read(path) if path and path.exists() else None
         result = found or _measure(watchers, prompt)
         if path and not found:
@@ -87,8 +90,7 @@ def pool_queries(
     watcher = _Watcher(program, None, device)
     rows = []
     for prompt in prompts:
-        with torch.no_grad():
-            watcher.run(prompt)
+        watcher.run(prompt)
         rows.append(watcher.pooled())
         advance()
     return torch.stack(rows)
@@ -97,7 +99,8 @@ def pool_queries(
 class _Watcher:
     """A private copy of a routed program that records needs (at `point`) and pooled queries."""
 
-    def __init__(self, program: ExportedProgram, point: float | None, device: str) -> None:
+    def __init__(self, program: ExportedProgram, point: float | None, device: str, gradient: bool = False) -> None:
+        self.gradient = gradient
         self._device = device
         self.point = point
         self._layers = routable_layers(program)
@@ -110,8 +113,10 @@ class _Watcher:
         self._recording.needs.clear()
         self._recording.pooled.clear()
         self._module.checkpointing = len(prompt) > CHECKPOINT_TOKENS
-        logits, _, _ = self._module(*program_inputs(prompt, forced([True] * len(self._layers)).to(self._device)))
-        return answer_loss(logits, prompt)
+        bias = forced([True] * len(self._layers)).to(self._device)
+        with torch.set_grad_enabled(self.gradient):
+            logits, _, _ = self._module(*program_inputs(prompt, bias))
+            return answer_loss(logits, prompt)
 
     def pooled(self) -> Tensor:
         """fp32 [L,D] of the last run; what checkpointing recomputed comes later in the list and is left out."""
@@ -123,13 +128,14 @@ class _Watcher:
 
 
 def _measure(watchers: Sequence[_Watcher], prompt: TokenizedPrompt) -> Measurement:
-    rows = []
+    needs, pooled, losses = [], [], []
     for watcher in watchers:
         loss = watcher.run(prompt)
-        pooled = watcher.pooled()
-        loss.backward()
-        rows.append((watcher.needs(), pooled, float(loss.detach())))
-    needs, pooled, losses = zip(*rows, strict=True)
+        pooled.append(watcher.pooled())
+        losses.append(float(loss.detach()))
+        if watcher.gradient:
+            loss.backward()
+            needs.append(watcher.needs())
     points = tuple(float(watcher.point or 0) for watcher in watchers)
     return Measurement(prompt.task, points, torch.stack(needs), torch.stack(pooled), tuple(losses))
 
@@ -152,5 +158,5 @@ def _write(path: Path, measurement: Measurement) -> None:
         temporary.write_text(json.dumps(to_json(measurement)))
 
 
-def _key(prompt: TokenizedPrompt, points: Sequence[float], salt: str) -> str:
-    return canonical_digest([prompt.input_ids, prompt.prompt_len, list(points), salt])[:24]
+def _key(prompt: TokenizedPrompt, gradients: Sequence[float], salt: str) -> str:
+    return canonical_digest([prompt.input_ids, prompt.prompt_len, list(gradients), salt])[:24]

@@ -18,7 +18,7 @@ class Effort:
 
     measured: int
     """Prompts whose needs are measured by forward and backward passes."""
-    points: tuple[float, ...]
+    gradients: tuple[float, ...]
     """Shares of SA at which gradients are taken (fluxc.calibrate.needs)."""
     pooled: int
     """Short prompts that only show the routers more pooled queries."""
@@ -32,8 +32,8 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(9, (0.0, 1.0), 45, 18, 0, (16,), "two gradient points on 9 prompts, no leave-one-out check"),
-    "normal": Effort(13, (0.0, 0.5, 1.0), 72, 27, 1, (16,), "prompts of one length, leave-one-out on one prompt"),
+    "quick": Effort(9, (0.5,), 36, 18, 0, (16,), "one gradient point on 9 prompts, no leave-one-out check"),
+    "normal": Effort(13, (0.0, 0.5), 72, 27, 1, (16,), "two gradient points, prompts of one length"),
     "thorough": Effort(45, (0.0, 0.5, 1.0), 180, 54, 6, (16, 24, 32), "nothing"),
 }
 

@@ -65,6 +65,8 @@ def _mixed_attention(recording: Recording, alpha: float) -> Callable[..., Tensor
         def branch(full: bool) -> Tensor:
             return torch.ops.fluxc.routed_attention(q, k, v, torch.full_like(route, full), prompt_lens, **attrs)
 
+        if not torch.is_grad_enabled():
+            return _mixed(branch, alpha)
         out, step = _mix(branch, alpha)
         if not out.requires_grad:
             out = out.detach().requires_grad_()
@@ -72,6 +74,12 @@ def _mixed_attention(recording: Recording, alpha: float) -> Callable[..., Tensor
         return out
 
     return mixed_attention
+
+
+def _mixed(branch: Callable[[bool], Tensor], alpha: float) -> Tensor:
+    if 0.0 < alpha < 1.0:
+        return torch.lerp(branch(True), branch(False), alpha)
+    return branch(alpha == 0.0)
 
 
 def _mix(branch: Callable[[bool], Tensor], alpha: float) -> tuple[Tensor, Tensor]:

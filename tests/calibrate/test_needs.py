@@ -47,10 +47,12 @@ def test_needs_add_up_to_the_cost_of_going_all_sparse(routed, prompt):
 
 
 def test_losses_at_the_ends_are_dense_and_all_sparse(routed, prompt):
-    found = measure_needs(routed, [prompt], (0.0, 1.0))[0]
+    found = measure_needs(routed, [prompt], (0.5,))[0]
+    assert found.points == (0.0, 0.5, 1.0)
+    assert found.needs.shape == (1, LAYERS)
     module = runnable(routed)
     dense, sparse = (run_prompt(module, prompt, forced([full] * LAYERS)).loss for full in (True, False))
-    assert found.losses == pytest.approx((dense, sparse), rel=1e-5)
+    assert (found.losses[0], found.losses[-1]) == pytest.approx((dense, sparse), rel=1e-5)
 
 
 def test_checkpointing_changes_nothing(routed, prompt, monkeypatch):
