@@ -9,7 +9,7 @@ import pytest
 
 from fluxc.capture.result import load_capture
 from fluxc.cli import main
-from fluxc.tiny_folder import save_tiny_model
+from fluxc.tiny_folder import CONTEXT, save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_writes_one_file_and_says_so(model: Path, work: Path, capsys: pytest.Cap
     assert main(["capture", str(model)]) == 0
     assert [path.name for path in work.iterdir()] == ["model.pt"]
     out = capsys.readouterr().out
-    assert "llama, 1 layers, context 2048" in out
+    assert f"llama, 1 layers, context {CONTEXT}" in out
     assert "wrote model.pt" in out
 
 

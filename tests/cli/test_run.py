@@ -12,7 +12,7 @@ import pytest
 
 from fluxc.capture.api import capture
 from fluxc.cli import main
-from fluxc.tiny_folder import save_tiny_model
+from fluxc.tiny_folder import CONTEXT, save_tiny_model
 from fluxc.toy_flux import flux_of
 
 TEXT = "The moon is bright and the water is cold. " * 12
@@ -89,7 +89,7 @@ def test_quiet_prints_the_answer_alone(flux: str, capsys: pytest.CaptureFixture[
         ([], "give the prompt with --prompt or with --prompt-file"),
         (["--prompt", "a", "--prompt-file", "b"], "give the prompt with --prompt or with --prompt-file"),
         (["--prompt-file", "missing.txt"], "the prompt file missing.txt does not exist"),
-        (["--prompt", "word " * 3000], "leaves no room for an answer in a context of 2048"),
+        (["--prompt", "word " * CONTEXT], f"leaves no room for an answer in a context of {CONTEXT}"),
         (["--prompt", "a", "--budget", "1.5"], "--budget 1.5 is outside 0..1"),
         (["--prompt", "a", "--budget", "nan"], "--budget nan is outside 0..1"),
         (["--prompt", "a", "--budget", "0.2", "--sparse-ratio", "0.8"], "say the same thing"),
