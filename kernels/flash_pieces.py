@@ -35,7 +35,7 @@ def flash(
         return explicit(q, k, v, how.scale, how.softcap, causal, mask)
     if q.shape[1] == 1:
         # The kernel's output runs [X,R,Y,D] in memory: with the heads as Y that is the order of the op's output.
-        out, lse = _kernel(*(x.transpose(0, 1) for x in (q, k, v)), causal, mask, how.scale)
+        out, lse = _kernel(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), causal, mask, how.scale)
         return out.transpose(0, 1), lse.transpose(0, 1)
     return _kernel(q, k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1), causal, mask, how.scale)
 

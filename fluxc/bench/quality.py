@@ -9,27 +9,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from rich.console import Console
-from rich.progress import Progress as Bar
 
 from fluxc.artifact import versions
 from fluxc.atomic import atomic_file
+from fluxc.bench.static import calibration_prompts
 from fluxc.bench.summary import tables
 from fluxc.bench.systems import System, controls, first_order_ranking, leave_one_out_ranking, top_layers
-from fluxc.calibrate.options import CalibrateOptions
-from fluxc.calibrate.prompts import generated_prompts
 from fluxc.calibrate.runner import run_prompt
+from fluxc.cli.app import run as run_frame
+from fluxc.cli.command import command
+from fluxc.cli.devices import chosen_device, device_option
+from fluxc.cli.screen import Screen
 from fluxc.data import HELDOUT, LOCAL, TASKS, TEXT, TokenizedPrompt, corpus, generate
-from fluxc.errors import OptionError
 from fluxc.runtime.model import FluxModel, load_flux
 
 SEED = 1000
+BUDGETS = (0.2, 0.27, 0.3, 0.4, 0.6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,52 +89,56 @@ def rankings(model: FluxModel, left_out: int, bar: Any) -> dict[str, torch.Tenso
     """Static rankings of the layers: by first order, and by leave-one-out on `left_out` calibration prompts."""
     found = {"first-order": first_order_ranking(model.flux)}
     if left_out:
-        origin = model.plan.calibration
-        layer = model.plan.layers[0]
-        options = CalibrateOptions(seed=origin["seed"], effort=origin["effort"], sink=layer.sink, window=layer.window)
-        prompts = generated_prompts(options, model.tokenizer, model.plan.model.context).measured[:left_out]
+        prompts = calibration_prompts(model)[:left_out]
         layers = len(model.plan.layers)
         found["leave-one-out"] = leave_one_out_ranking(model.routed_program, prompts, layers, model.device, bar)
     return found
 
 
-@click.command(help=__doc__)
-@click.argument("flux", type=click.Path(exists=True))
+@command(
+    "quality",
+    examples="""
+    python -m fluxc.bench.quality smollm2.flux
+    python -m fluxc.bench.quality smollm2.flux --suite needle --budget 0.4 --share 0.25
+    """,
+)
+@click.argument("flux", metavar="MODEL.flux", type=click.Path(path_type=Path))
 @click.option("--suite", "suites", multiple=True, type=click.Choice(sorted(SUITES)), help="Default: all four.")
-@click.option("--budget", "budgets", multiple=True, type=float, help="Default: 0.2 0.27 0.3 0.4 0.6.")
-@click.option("--share", default=1.0, show_default=True, help="Share of each suite's prompts.")
+@click.option("--budget", "budgets", multiple=True, type=click.FloatRange(0, 1), help=f"Default: {BUDGETS}.")
+@click.option("--share", default=1.0, type=click.FloatRange(0, 1, min_open=True), help="Share of each suite's prompts.")
 @click.option("--leave-one-out", "left_out", default=0, show_default=True, help="Calibration prompts to rank by.")
-@click.option("--device", default="cpu", show_default=True)
-@click.option("-o", "--output", default="quality.json", show_default=True)
-def main(
-    flux: str,
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write all rows there, as JSON.")
+@device_option
+def quality(
+    screen: Screen,
+    flux: Path,
     suites: tuple[str, ...],
     budgets: tuple[float, ...],
     share: float,
     left_out: int,
-    device: str,
-    output: str,
+    output: Path | None,
+    device: str | None,
 ) -> None:
-    """Run the suites and write the JSON."""
-    if not 0 < share <= 1:
-        raise OptionError(f"share {share:g} is outside 0..1")
-    model = load_flux(flux, device=device)
-    console = Console(stderr=True)
-    result: dict[str, Any] = {"suites": {}, "conditions": conditions(model)}
-    with Bar(console=console) as bar:
-        layers = len(model.plan.layers)
-        task = bar.add_task("ranking layers", total=left_out * layers or 1)
-        ranking = rankings(model, left_out, lambda: bar.advance(task))
-        systems = systems_of(model, budgets or (0.2, 0.27, 0.3, 0.4, 0.6), ranking)
-        result["rankings"] = {name: ranks.tolist() for name, ranks in ranking.items()}
-        for name in suites or SUITES:
-            prompts = prompts_of(SUITES[name], model, share)
-            task = bar.add_task(name, total=len(prompts) * len(systems))
-            result["suites"][name] = run_suite(model, prompts, systems, lambda task=task: bar.advance(task))
-    with atomic_file(Path(output), force=True) as temporary:
+    """Compare MODEL.flux with its controls on held-out prompts."""
+    model, progress = load_flux(flux, chosen_device(device)), screen.progress()
+    progress.start("ranking layers", left_out * len(model.plan.layers) or None)
+    ranking = rankings(model, left_out, progress.advance)
+    systems = systems_of(model, budgets or BUDGETS, ranking)
+    ranks = {name: values.tolist() for name, values in ranking.items()}
+    result: dict[str, Any] = {"conditions": conditions(model), "rankings": ranks, "suites": {}}
+    for name in suites or SUITES:
+        prompts = prompts_of(SUITES[name], model, share)
+        progress.start(name, len(prompts) * len(systems))
+        result["suites"][name] = run_suite(model, prompts, systems, progress.advance)
+        if output:  # after every suite: what is done is kept
+            _write(output, result)
+    screen.show(*tables(result["suites"]))
+    screen.result(result)
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    with atomic_file(path, force=True) as temporary:
         temporary.write_text(json.dumps(result))
-    for table in tables(result["suites"]):
-        Console().print(table)
 
 
 def conditions(model: FluxModel) -> dict[str, Any]:
@@ -158,4 +164,4 @@ def conditions(model: FluxModel) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_frame(command=quality, name="python -m fluxc.bench.quality"))

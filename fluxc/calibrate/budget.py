@@ -50,7 +50,7 @@ def threshold(scores: Tensor, weights: Tensor, budget: float, pinned_full: int =
 
 def monotone(thresholds: Sequence[float]) -> list[float]:
     """Thresholds made non-increasing along growing budgets, so that every bias grows with the budget."""
-    best = []
+    best: list[float] = []
     for value in thresholds:
         best.append(min(value, best[-1]) if best else value)
     return best

@@ -135,7 +135,7 @@ class Calibration:
         asked = self._asked()
         prompts = [p for p in self.sets.measured if group_of(p.task) != "local"][:COMPARED]
         if self.options.sparse_kind != "auto" or not prompts:
-            return [Candidate(asked, float("nan"))]
+            return [Candidate(asked, None)]
         length = max(len(p) for p in prompts)
         settings = candidates(asked.sink, asked.window, length, asked.decode_full)
         routes = best_layers(needs, [p.task for p in self.sets.measured], round(self.options.budget * len(self.layers)))

@@ -21,10 +21,10 @@ LAST = 128
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One kind with its sizes, and the mean answer loss it gave with the same layers full, in nats."""
+    """One kind with its sizes, and the mean answer loss it gave with the same layers full, in nats (None: alone)."""
 
     settings: SparseSettings
-    loss: float
+    loss: float | None
 
 
 def candidates(sink: int, window: int, length: int, decode_full: bool) -> list[SparseSettings]:
@@ -53,7 +53,7 @@ def compare(
 ) -> list[Candidate]:
     """Each kind on each prompt under the same bias [L]; best first."""
     found = [Candidate(each, _loss(program, layers, each, bias, prompts, advance)) for each in options]
-    return sorted(found, key=lambda candidate: candidate.loss)
+    return sorted(found, key=lambda candidate: candidate.loss or 0.0)
 
 
 def with_settings(program: ExportedProgram, layers: Sequence[int], settings: SparseSettings) -> ExportedProgram:

@@ -42,11 +42,9 @@ def generated_prompts(options: CalibrateOptions, tokenizer: Any, context: int) -
     sink, window = options.sizes(context)
     effort = EFFORTS[options.effort]
     lengths = [min(context, length) for length in valid_lengths(sink, window, effort.lengths)]
-    seed = options.seed
 
     def some(count: int, lengths: Sequence[int], split: str, offset: int, sizes: tuple[int, int]) -> list[Any]:
-        tasks = fitting_tasks(tokenizer, lengths, split, sizes)
-        return generate(tasks, count, tokenizer, lengths, seed + offset, split, *sizes)
+        return fitting_prompts(count, tokenizer, lengths, options.seed + offset, split, sizes)
 
     small = (4, min(SHORT, lengths[0]) // 6)
     short = max(min(SHORT, lengths[0] // 2), minimum_length(*small))
@@ -59,21 +57,22 @@ def generated_prompts(options: CalibrateOptions, tokenizer: Any, context: int) -
     )
 
 
-def fitting_tasks(tokenizer: Any, lengths: Sequence[int], split: str, sizes: tuple[int, int]) -> list[str]:
-    """The tasks that can be asked in prompts of these lengths; a few examples do not fit into a tiny window.
+def fitting_prompts(
+    count: int, tokenizer: Any, lengths: Sequence[int], seed: int, split: str, sizes: tuple[int, int]
+) -> list[TokenizedPrompt]:
+    """`count` prompts, tasks taking turns. Tasks that do not fit are left out: a few examples and a tiny window, say.
 
-    Raises DataError where none can.
+    Raises DataError where no task fits.
     """
-    fitting, refused = [], None
+    by_task, refused = [], None
     for task in TASKS:
         try:
-            generate([task], 1, tokenizer, lengths[:1], 0, split, *sizes)
-            fitting.append(task)
+            by_task.append(generate([task], -(-count // len(TASKS)), tokenizer, lengths, seed, split, *sizes))
         except DataError as error:
             refused = error
-    if not fitting and refused:
+    if refused and not by_task:
         raise refused
-    return fitting
+    return [prompt for turn in zip(*by_task, strict=True) for prompt in turn][:count]
 
 
 def valid_lengths(sink: int, window: int, sixteenths: Sequence[int]) -> list[int]:

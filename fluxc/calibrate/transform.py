@@ -105,6 +105,6 @@ def route(program: ExportedProgram, options: CalibrateOptions, observers: Sequen
 
 def default_output(model: Any) -> Path:
     """`<name of the model>.flux` in the working directory."""
-    name = Path(model).name if isinstance(model, (str, Path)) else type(model).__name__
+    name = Path(model).absolute().resolve().name if isinstance(model, (str, Path)) else type(model).__name__
     stem = Path(name).stem if Path(name).suffix in (".pt", ".pt2", ".gguf") else name
     return Path(f"{stem}.flux")
