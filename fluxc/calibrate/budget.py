@@ -30,17 +30,15 @@ def scores_at(scores: Tensor, points: Sequence[float], budget: float) -> Tensor:
     return torch.lerp(scores[below], scores[above], blend)
 
 
-def threshold(scores: Tensor, weights: Tensor, budget: float, pinned_full: int = 0, pinned: int = 0) -> float:
+def threshold(scores: Tensor, weights: Tensor, budget: float) -> float:
     """The score above which a layer runs full so that the weighted mean full share is at most `budget`.
 
-    scores [N,L] of the layers that are not pinned; weights [N]. `pinned` layers are added to the count of layers,
-    `pinned_full` of them to the full ones.
+    scores [N,L], weights [N].
     """
-    share = (weights / weights.sum())[:, None].expand_as(scores) / (scores.shape[1] + pinned)
-    left = budget - pinned_full / (scores.shape[1] + pinned)
+    share = (weights / weights.sum())[:, None].expand_as(scores) / scores.shape[1]
     order = scores.flatten().argsort(descending=True)
     ranked, used = scores.flatten()[order], share.flatten()[order].cumsum(0)
-    count = int((used <= left + 1e-6).sum())
+    count = int((used <= budget + 1e-6).sum())
     if count == 0:
         return float(ranked[0]) + 1.0
     if count == ranked.numel():
