@@ -1,0 +1,1 @@
+"""The engine: prefill, decode and further turns over a paged KV cache. Importing it imports no torch."""
