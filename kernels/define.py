@@ -81,6 +81,14 @@ def define_attention(op: str, row_call: Callable[..., RowCall], run: Callable[..
     torch.library.register_fake(name, fake)
 
 
+def define_plain(op: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+    """Define torch.ops.fluxc.<op> without gradients, computed by `run`, with outputs as `fake` makes them."""
+    name = f"{NAMESPACE}::{op}"
+    torch.library.define(name, SCHEMAS[op], tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(name, "CompositeExplicitAutograd", run)
+    torch.library.register_fake(name, fake)
+
+
 def fake(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The output of every attention op: fresh, contiguous [B,S,H,Dv]."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])

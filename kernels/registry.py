@@ -18,6 +18,8 @@ OPS = (
     "router_pool",
     "grouped_mm",
     "kv_write",
+    "decode_attention",
+    "append_attention",
 )
 
 

@@ -68,6 +68,19 @@ def attend(
     return out[..., :width].contiguous(), lse
 
 
+def attend_keys(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float = 0.0, sink_logits: Tensor | None = None
+) -> Tensor:
+    """Attention of one query q [H,D] over all keys k, v [Hk,T,D] -> [H,D]; a key head's queries are rows of a piece."""
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    groups = q.unflatten(0, (k.shape[0], -1))
+    out, lse = flash(groups[None], k[None], v[None], Scores(scale, softcap))
+    if sink_logits is not None:
+        keep = torch.sigmoid(lse.flatten() - sink_logits.to(lse.dtype))
+        return (out.flatten(0, 2) * keep[:, None]).to(q.dtype)
+    return out.flatten(0, 2)
+
+
 def attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plans: Sequence[list[Segment]], how: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -68,15 +68,21 @@ SCHEMAS: dict[str, str] = {
     # cache [pages,2,Hk,PAGE,D]; k, v [B,Hk,S,D]; slots i64[B,S], slot = page * PAGE + offset; -1 drops the token.
     # No slot appears twice in a call.
     "kv_write": "(Tensor(a!) cache, Tensor k, Tensor v, Tensor slots) -> ()",
-    # q [B,H,D]; page_table i32[B,P]; lens i32[B] valid slots: -> [B,H,D]. Order of the slots does not matter.
+    # q [B,H,D]; page_table i32[B,P]; lens i32[B] valid slots, the token of this call included: -> [B,H,D]. Order of
+    # the slots does not matter; a request with lens 0 gets zeros. Page numbers past a request's lens are not read.
     "decode_attention": (
         f"(Tensor q, Tensor cache, Tensor page_table, Tensor lens, *, float scale, int layer, {_TAIL}) -> Tensor"
     ),
-    # A new turn of S tokens on top of a kept cache. start i64[B]: tokens before the turn; ring layers pass sink and
-    # window, full layers sink=0, window=0. k, v are the turn's own: -> [B,S,H,Dv].
+    # A new turn of S tokens on top of a kept cache, before the turn itself is written to it: k, v [B,Hk,S,D] are the
+    # turn's own. start i64[B]: tokens before the turn; lens i32[B]: valid slots before the turn. sinks, windows i64[B]
+    # say which layers of which requests are rings: 0, 0 is a full layer (slot s holds position s, lens = start); else
+    # slots [0, sink) hold positions [0, sink), and slot s >= sink the newest position p < start with p >= sink and
+    # (p - sink) % window = s - sink, lens = min(start, sink + window); a layer's own window has sink 0. Rows of a ring
+    # see the streaming set of (sink, window): a slot that holds a key past a row's window is not read by that row.
+    # Rows past a request's own turn are padding like any other: causal, finite, without meaning. -> [B,S,H,D].
     "append_attention": (
-        "(Tensor q, Tensor k, Tensor v, Tensor cache, Tensor page_table, Tensor lens, Tensor start, *, float scale, "
-        f"int layer, int sink, int window, {_TAIL}) -> Tensor"
+        "(Tensor q, Tensor k, Tensor v, Tensor cache, Tensor page_table, Tensor lens, Tensor start, Tensor sinks, "
+        f"Tensor windows, *, float scale, int layer, {_TAIL}) -> Tensor"
     ),
     # q, k before norm and RoPE; cos, sin [B,S,R]; writes k and v to the cache and returns (q, k, pooled sum [B,D]).
     "qk_norm_rope_cache": (
