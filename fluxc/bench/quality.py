@@ -19,9 +19,10 @@ import torch
 
 from fluxc.artifact import versions
 from fluxc.atomic import atomic_file
+from fluxc.bench.nestedness import nestedness, nestedness_table
 from fluxc.bench.static import calibration_prompts
 from fluxc.bench.summary import tables
-from fluxc.bench.systems import System, controls, first_order_ranking, leave_one_out_ranking, top_layers
+from fluxc.bench.systems import System, controls, first_order_ranking, leave_one_out_ranking, plan_name, top_layers
 from fluxc.calibrate.runner import run_prompt
 from fluxc.cli.app import run as run_frame
 from fluxc.cli.command import command
@@ -64,7 +65,7 @@ def systems_of(model: FluxModel, budgets: Sequence[float], ranking: dict[str, to
     layers = len(model.plan.layers)
     systems = controls(layers)
     for budget in budgets:
-        systems.append(System(f"fluxc {budget:g}", torch.tensor(model.plan.bias(budget)), budget))
+        systems.append(System(plan_name(budget), torch.tensor(model.plan.bias(budget)), budget))
         for name, ranks in ranking.items():
             systems.append(System(f"static {name} {budget:g}", top_layers(ranks, math.ceil(budget * layers)), budget))
     return systems
@@ -123,16 +124,18 @@ def quality(
     model, progress = load_flux(flux, chosen_device(device)), screen.progress()
     progress.start("ranking layers", left_out * len(model.plan.layers) or None)
     ranking = rankings(model, left_out, progress.advance)
-    systems = systems_of(model, budgets or BUDGETS, ranking)
+    budgets = budgets or BUDGETS
+    systems = systems_of(model, budgets, ranking)
     ranks = {name: values.tolist() for name, values in ranking.items()}
-    result: dict[str, Any] = {"conditions": conditions(model), "rankings": ranks, "suites": {}}
+    result: dict[str, Any] = {"conditions": conditions(model), "rankings": ranks, "suites": {}, "nestedness": {}}
     for name in suites or SUITES:
         prompts = prompts_of(SUITES[name], model, share)
         progress.start(name, len(prompts) * len(systems))
-        result["suites"][name] = run_suite(model, prompts, systems, progress.advance)
+        rows = run_suite(model, prompts, systems, progress.advance)
+        result["suites"][name], result["nestedness"][name] = rows, nestedness(rows, budgets)
         if output:  # after every suite: what is done is kept
             _write(output, result)
-    screen.show(*tables(result["suites"]))
+    screen.show(*tables(result["suites"]), nestedness_table(result["nestedness"]))
     screen.result(result)
 
 

@@ -28,6 +28,11 @@ class System:
     budget: float = math.nan
 
 
+def plan_name(budget: float) -> str:
+    """What the plan at a budget is called in rows and tables."""
+    return f"fluxc {budget:g}"
+
+
 def controls(layers: int) -> list[System]:
     """Dense, all-sparse and every second layer full."""
     return [
