@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from fluxc.atomic import atomic_directory
 from fluxc.errors import InternalError, PlanError
 from fluxc.flux_dir import PLAN, ROUTERS, FluxDir, graph_file, open_flux
 from fluxc.ir.graph import argument, calls
+from fluxc.linking import Links
 from fluxc.manifest import FileEntry, Manifest
 from fluxc.model_info import ModelInfo
 from fluxc.passes.apply_plan import ApplyPlan, settings_of
@@ -35,7 +36,6 @@ from fluxc.router import PREFIX, router_state
 from fluxc.weight_files import (
     SHARD_BYTES,
     bytes_of,
-    linked_entries,
     split_aliases,
     weights_digest,
     write_shards,
@@ -59,23 +59,24 @@ def write_flux(
     measurements: Contents | None = None,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
-    link: Sequence[str | Path] = (),
+    links: Links | None = None,
 ) -> FluxDir:
     """Write a model.flux directory, whole or not at all, and open it.
 
-    `link`: safetensors files of the source. Tensors whose bytes stand in one of them are not copied: the directory
-    refers to the file by path and hash, and needs it as long as it lives.
+    `links`: tensors that are not copied. The directory refers to their file by path and hash, and needs it as long as
+    it lives.
 
     Raises PlanError for a plan of another model, OutputExistsError, StorageError (also when the disk is too small,
-    before anything is written), and ArchiveError for a link that cannot be read.
+    before anything is written), and ArchiveError for a linked file that has changed.
     """
+    links = links or Links()
     target = Path(path)
-    preflight(target, captured, force, needs_weights=not link)
+    preflight(target, captured, force, needs_weights=not links.entries)
     plan.check_model(ModelInfo.of(captured, meta, weights_digest(captured.state_dict)))
     _check_settings(routed, plan)
     with atomic_directory(target, force) as root:
         tensors, aliases = split_aliases(_backbone(captured, routed))
-        linked = linked_entries(tensors, link)
+        linked = {name: links.entries[name] for name in tensors if name in links.entries}
         own = {name: tensor for name, tensor in tensors.items() if name not in linked}
         entries = linked | write_shards(own, root, "weights", shard_bytes)
         routers = write_tensors(router_state(routed), root, ROUTERS)
@@ -84,8 +85,8 @@ def write_flux(
         _write_texts(root / "tokenizer", tokenizer_files or {})
         _write_texts(root / "measurements", measurements or {})
         files = {str(file.relative_to(root)): FileEntry.of(file) for file in sorted(root.rglob("*")) if file.is_file()}
-        links = {file: FileEntry.of(Path(file)) for file in {entry.file for entry in linked.values()}}
-        made = Manifest(files, entries, aliases, routers, plan.digest(), meta, versions(), links)
+        links.verify()
+        made = Manifest(files, entries, aliases, routers, plan.digest(), meta, versions(), links.files)
         _write_texts(root, {manifest.NAME: made.to_json()})
     return open_flux(target)
 

@@ -78,18 +78,20 @@ class Manifest:
 
         Raises ArchiveError naming the first that is damaged, missing, or changed since it was linked.
         """
+        damaged = "is damaged: its SHA-256 is not the manifest's"
         for name, entry in self.files.items():
             if weights or not name.startswith("weights/"):
-                _verify_file(root / name, entry, "copy the directory again, or transform the model again")
+                _verify_file(root / name, entry, damaged, "copy the directory again, or transform the model again")
+        changed = f"has changed since {root} was linked to it"
         for name, entry in self.links.items() if weights else ():
-            _verify_file(Path(name), entry, f"{root} was made with links to it: transform the model again")
+            _verify_file(Path(name), entry, changed, f"{root} has its weights there: put it back, or transform again")
 
 
-def _verify_file(path: Path, entry: FileEntry, hint: str) -> None:
+def _verify_file(path: Path, entry: FileEntry, fault: str, hint: str) -> None:
     if not path.is_file():
         raise ArchiveError(f"{path} is missing", hint=hint)
     if path.stat().st_size != entry.bytes or FileEntry.of(path) != entry:
-        raise ArchiveError(f"{path} is damaged: its SHA-256 is not the manifest's", hint=hint)
+        raise ArchiveError(f"{path} {fault}", hint=hint)
 
 
 def _check_format(values: Any, path: Path) -> None:

@@ -63,10 +63,11 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
 def tensor_digest(tensor: Tensor) -> list[object]:
     """dtype, shape and SHA-256 of one tensor's bytes."""
     raw: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return [_dtype_name(tensor), list(tensor.shape), hashlib.sha256(raw).hexdigest()]
+    return [dtype_name(tensor), list(tensor.shape), hashlib.sha256(raw).hexdigest()]
 
 
-def _dtype_name(tensor: Tensor) -> str:
+def dtype_name(tensor: Tensor) -> str:
+    """float32, bfloat16, ..."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
@@ -88,25 +89,16 @@ def write_tensors(tensors: Mapping[str, Tensor], root: Path, file: str) -> dict[
         raise StorageError(f"{root / file} cannot be written: {cause}", hint="is the disk full?") from cause
     # safetensors creates files that only their owner may read; other files here follow the folder.
     (root / file).chmod(root.stat().st_mode & 0o666)
-    return {name: TensorEntry(file, name, _dtype_name(t), tuple(t.shape)) for name, t in tensors.items()}
+    return {name: TensorEntry(file, name, dtype_name(t), tuple(t.shape)) for name, t in tensors.items()}
 
 
-def linked_entries(tensors: Mapping[str, Tensor], sources: Iterable[str | Path]) -> dict[str, TensorEntry]:
-    """Entries of the tensors whose dtype, shape and bytes stand in one of the safetensors files `sources`.
-
-    Raises ArchiveError for a source that cannot be read.
-    """
-    known = {digest: entry for source in sources for digest, entry in _contents(Path(source).resolve())}
-    found = {name: known.get(str(tensor_digest(tensor))) for name, tensor in tensors.items()} if known else {}
-    return {name: entry for name, entry in found.items() if entry}
-
-
-def _contents(path: Path) -> Iterator[tuple[str, TensorEntry]]:
+def safetensors_contents(path: Path) -> Iterator[tuple[list[object], TensorEntry]]:
+    """The tensor_digest and the entry of every tensor in a file; raises ArchiveError for one that cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
                 tensor = file.get_tensor(name)
-                yield str(tensor_digest(tensor)), TensorEntry(str(path), name, _dtype_name(tensor), tuple(tensor.shape))
+                yield tensor_digest(tensor), TensorEntry(str(path), name, dtype_name(tensor), tuple(tensor.shape))
     except (SafetensorError, OSError) as cause:
         raise ArchiveError(f"{path} is no readable safetensors file: {cause}") from cause
 
@@ -138,6 +130,6 @@ def _read_file(path: Path, wanted: Mapping[str, TensorEntry]) -> dict[str, Tenso
     except Exception as cause:  # safetensors raises its own types, OSError and KeyError
         raise ArchiveError(f"{path} is no readable safetensors file: {cause}") from cause
     for name, entry in wanted.items():
-        if (_dtype_name(tensors[name]), tuple(tensors[name].shape)) != (entry.dtype, tuple(entry.shape)):
+        if (dtype_name(tensors[name]), tuple(tensors[name].shape)) != (entry.dtype, tuple(entry.shape)):
             raise ArchiveError(f"{name} in {path} has another dtype or shape than the manifest says")
     return tensors

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fluxc import artifact, pending
 from fluxc.artifact import open_flux, update_flux, update_plan, update_routers, write_flux
@@ -263,33 +263,6 @@ def test_an_update_cut_off_after_it_counts_is_finished_by_the_next_reader(flux, 
     assert (flux.path / "plan.json.next").exists()
     assert open_flux(flux.path).plan.budget == 0.3
     assert not list(flux.path.rglob("*.next"))
-
-
-def test_linked_weights_are_referred_to_by_hash(programs, tmp_path):
-    captured, routed, plan = programs
-    state = {f"model.{name}": tensor.detach().clone() for name, tensor in captured.state_dict.items()}
-    own = state.pop("model.layers.0.down.weight")
-    state["model.head.weight"] += 1
-    save_file(state, tmp_path / "source.safetensors")
-    flux = write_flux(tmp_path / "model.flux", captured, routed, plan, META, link=[tmp_path / "source.safetensors"])
-    assert set(load_file(flux.path / "weights" / "model-00001.safetensors")) == {"layers.0.down.weight", "head.weight"}
-    assert torch.equal(flux.weights["layers.0.down.weight"], own)
-    assert torch.equal(runnable(flux.load("captured"))(*toy_inputs()), runnable(captured)(*toy_inputs()))
-    state["model.embed.weight"] += 1
-    save_file(state, tmp_path / "source.safetensors")
-    with pytest.raises(ArchiveError, match=r"source\.safetensors is damaged.*links"):
-        open_flux(flux.path)
-    (tmp_path / "source.safetensors").unlink()
-    with pytest.raises(ArchiveError, match=r"source\.safetensors is missing"):
-        open_flux(flux.path)
-
-
-def test_links_to_unreadable_files_are_refused(programs, tmp_path):
-    (tmp_path / "source.safetensors").write_text("no tensors")
-    for source in ("source.safetensors", "none.safetensors"):
-        with pytest.raises(ArchiveError, match=source):
-            write_flux(tmp_path / "model.flux", *programs, META, link=[tmp_path / source])
-    assert names(tmp_path) == {"source.safetensors"}
 
 
 def test_tied_tensors_are_stored_once(tmp_path):

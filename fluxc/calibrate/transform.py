@@ -20,6 +20,7 @@ from fluxc.capture.api import capture
 from fluxc.errors import CaptureError
 from fluxc.ir.observers import Dump, Verify
 from fluxc.ir.pipeline import Observer, Pipeline
+from fluxc.linking import link_weights, source_files
 from fluxc.passes import route_pipeline
 from fluxc.passes.insert_routers import InsertRouters
 from fluxc.passes.route_attention import RouteAttention
@@ -47,6 +48,7 @@ def transform(
     dtype: str | None = None,
     device: str = "cpu",
     dump_dir: str | Path | None = None,
+    link: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Transformed:
@@ -55,17 +57,21 @@ def transform(
     `output`: the directory, by default named after the model in the working directory. `prompts`: a JSONL file in
     place of the built-in prompts. `device`: where calibration runs the model (cpu, cuda). Interrupted measurements
     are kept beside the output and taken up by the next call. `dump_dir`: the program after each pass goes there.
+    `link`: do not copy the weights, refer to the safetensors files of the Hugging Face directory `model` by hash.
 
-    Raises what `capture` raises; OptionError and PlanError for options out of range; DataError for prompts that cannot
-    be used; OutputExistsError and StorageError before any long work.
+    Raises what `capture` raises; SourceError for a model that cannot be linked to; OptionError and PlanError for
+    options out of range; DataError for prompts that cannot be used; OutputExistsError and StorageError before any long
+    work.
     """
     options = options or CalibrateOptions()
     if budget is not None:
         options = dataclasses.replace(options, budget=budget)
     started = time.perf_counter()
     target = Path(output) if output else default_output(model)
+    files = source_files(model) if link else ()
     captured = capture(model, tokenizer=tokenizer, dtype=dtype, progress=progress)
-    preflight(target, captured.program, force)
+    links = link_weights(captured.program, files) if link else None
+    preflight(target, captured.program, force, needs_weights=not link)
     observers = (Verify(), Dump(dump_dir)) if dump_dir else (Verify(),)
     sets = prompt_sets(options, prompts, load_tokenizer(captured), captured.meta["context"])
     cache = target.with_name(target.name + ".measuring")
@@ -84,6 +90,7 @@ def transform(
         captured.tokenizer_files,
         {"calibration.json": json.dumps(report, indent=1), "needs.json": json.dumps(found.measurements)},
         force=force,
+        links=links,
     )
     shutil.rmtree(cache, ignore_errors=True)
     return Transformed(target, found.plan, report)

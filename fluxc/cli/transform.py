@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     fluxc transform model.pt --budget 0.4
     fluxc transform smollm2 --budget 0.4 --effort quick
     fluxc transform path/to/model-folder --sparse-ratio 0.6 --sparse-kind streaming -o mine.flux
+    fluxc transform path/to/model-folder --budget 0.4 --link
     fluxc transform model.pt --budget 0.3 --prompts mine.jsonl
     """,
 )
@@ -44,9 +46,13 @@ if TYPE_CHECKING:
 @click.option(
     "--decode", default="sparse", show_default=True, metavar="sparse|full", help="What the answer's rows see."
 )
+@click.option(
+    "--pool", type=int, default=100, show_default=True, help="First and last prompt tokens that the routers read."
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--prompts", type=click.Path(path_type=Path), help="Your prompts: JSONL with prompt, answer, task.")
 @click.option("--dump-dir", type=click.Path(path_type=Path), help="Write the program after each pass there.")
+@click.option("--link", is_flag=True, help="Do not copy the weights: refer to the files of the folder MODEL by hash.")
 @dtype_option
 @device_option
 def transform(
@@ -58,6 +64,7 @@ def transform(
     dump_dir: Path | None,
     dtype: str | None,
     device: str | None,
+    link: bool,
     force: bool,
     dry_run: bool,
     **settings: Any,
@@ -66,16 +73,18 @@ def transform(
 
     MODEL is all that `fluxc capture` takes. At most the share --budget of the routable layers runs full attention,
     averaged over prompts; 0.4 if not given. Without --prompts a built-in set is used. Interrupted work is resumed by
-    the same command.
+    the same command. With --link the result needs MODEL's safetensors files, unchanged, as long as it lives.
     """
     from fluxc.calibrate import transform as library
+    from fluxc.linking import source_files
 
     options = _options(budget, settings)
     target = check_flux(output or library.default_output(model), force)
     if prompts:
         _check_prompts(prompts)
+    linked = source_files(model) if link else ()
     if dry_run:
-        return _announce(screen, find(model), target, options, prompts)
+        return _announce(screen, find(model), target, options, prompts, linked)
     screen.kept_in = target.with_name(target.name + ".measuring")
     done = library.transform(
         model,
@@ -85,10 +94,11 @@ def transform(
         dtype=dtype,
         device=chosen_device(device),
         dump_dir=dump_dir,
+        link=link,
         force=force,
         progress=screen.progress(),
     )
-    return _report(screen, done)
+    return _report(screen, done, linked)
 
 
 def _options(budget: float | None, settings: dict[str, Any]) -> CalibrateOptions:
@@ -106,7 +116,12 @@ def _check_prompts(prompts: Path) -> None:
 
 
 def _announce(
-    screen: Screen, found: dict[str, Any], target: Path, options: CalibrateOptions, prompts: Path | None
+    screen: Screen,
+    found: dict[str, Any],
+    target: Path,
+    options: CalibrateOptions,
+    prompts: Path | None,
+    linked: Sequence[Path],
 ) -> None:
     from fluxc.calibrate.options import EFFORTS
 
@@ -116,12 +131,22 @@ def _announce(
         f"(Ω {1 - options.budget:g}) and write {target}",
         f"effort {options.effort}: at most {effort.measured} prompts measured, {effort.heldout} held out; "
         f"gives up: {effort.gives_up}",
+        *_links(linked),
     )
     plain = {"dry_run": True, "model": found, "output": str(target), "options": options.to_dict()}
-    screen.result({**plain, "prompts": str(prompts) if prompts else None})
+    screen.result({**plain, "prompts": str(prompts) if prompts else None, "linked": list(map(str, linked))})
 
 
-def _report(screen: Screen, done: Transformed) -> None:
-    screen.show(*verified_lines(done.plan, done.report))
+def _report(screen: Screen, done: Transformed, linked: Sequence[Path]) -> None:
+    screen.show(*verified_lines(done.plan, done.report), *_links(linked))
     screen.show(f"wrote {done.path} in {done.report['seconds']:.0f} s; next: fluxc run {done.path} --prompt-file FILE")
-    screen.result({"output": str(done.path), "plan": done.plan.to_dict(), "report": done.report})
+    result = {"output": str(done.path), "plan": done.plan.to_dict(), "report": done.report}
+    screen.result({**result, "linked": list(map(str, linked))})
+
+
+def _links(linked: Sequence[Path]) -> list[str]:
+    """Where linked weights stay."""
+    if not linked:
+        return []
+    files = linked[0].name if len(linked) == 1 else f"{len(linked)} files"
+    return [f"[bold]weights[/]  linked, not copied: {files} in {linked[0].parent} must stay there, unchanged"]

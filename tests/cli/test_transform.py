@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,17 @@ def prompts(count: int = 12, words: int = 120) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A captured tiny model."""
-    base = tmp_path_factory.mktemp("model")
-    capture(save_tiny_model(base / "tiny-llama", layers=2)).save(base / "tiny.pt")
-    return str(base / "tiny.pt")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model as a Hugging Face folder."""
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny-llama", layers=2)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> str:
+    """The same, captured."""
+    path = folder.parent / "tiny.pt"
+    capture(folder).save(path)
+    return str(path)
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +118,30 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return measured
 
 
+def test_linked_weights_stay_in_the_source(folder: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(folder, "tiny")
+    argv = ["transform", "tiny", "--budget", "0.5", *QUICK, "--sparse-kind", "streaming", "--link", "--pool", "40"]
+    assert main(argv) == 0
+    assert "linked, not copied: model.safetensors in tiny must stay there" in capsys.readouterr().out
+    flux = open_flux("tiny.flux")
+    assert flux.plan.pool == 40
+    source = (work / "tiny/model.safetensors").resolve()
+    assert list(flux.manifest.links) == [str(source)]
+    assert list((work / "tiny.flux/weights").iterdir()) == []
+    data = source.read_bytes()
+    source.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert main(["run", "tiny.flux", "--prompt", "hello", "-q"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {source} has changed since tiny.flux was linked to it; ")
+    assert err.count("\n") == 1
+
+
+def test_a_captured_file_cannot_be_linked_to(model: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more in ([], ["--dry-run"]):
+        argv = ["transform", model, *QUICK, "--link", *more]
+        refused(argv, f"{model} holds its weights inside and cannot be linked to; name the", work, capsys)
+
+
 def test_same_seed_same_plan(model: str) -> None:
     for name in ("a.flux", "b.flux"):
         assert main(["transform", model, "--budget", "0.5", *QUICK, "-o", name, "-q"]) == 0
@@ -136,6 +167,7 @@ def test_dry_run_writes_nothing(model: str, work: Path, capsys: pytest.CaptureFi
         (["--decode", "both"], "unknown decode 'both'"),
         (["--window", "0"], "window is 0"),
         (["--sink", "-1"], "sink is -1"),
+        (["--pool", "0"], "pool is 0"),
         (["--prompts", "none.jsonl"], "cannot read none.jsonl"),
     ],
 )
