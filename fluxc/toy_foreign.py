@@ -80,13 +80,31 @@ def foreign_program(
 ) -> ExportedProgram:
     """The module exported with input_ids [B,S] and, with `padding`, attention_mask.
 
-    Batch and length are free from `smallest`, the length up to `longest`.
+    Batch and length are free from `smallest` (see `export_from`), the length up to `longest`.
     """
     tokens = torch.zeros(2, 12, dtype=torch.long)
     inputs = (tokens, torch.ones_like(tokens)) if padding else (tokens,)
-    sizes = {0: Dim("B", min=smallest), 1: Dim("S", min=smallest, max=longest)}
-    with torch.no_grad():
-        return torch.export.export(module, inputs, dynamic_shapes=(sizes,) * len(inputs), strict=False)
+
+    def export(least: int) -> ExportedProgram:
+        sizes = {0: Dim("B", min=least), 1: Dim("S", min=least, max=longest)}
+        with torch.no_grad():
+            return torch.export.export(module, inputs, dynamic_shapes=(sizes,) * len(inputs), strict=False)
+
+    return export_from(smallest, export)
+
+
+def export_from(smallest: int, export: Callable[[int], ExportedProgram]) -> ExportedProgram:
+    """`export(smallest)`, or `export(2)` where a torch before 2.13 refuses: it tells a length of 1 apart in SDPA."""
+    try:
+        return export(smallest)
+    except Exception:
+        if smallest > 1 or _version() >= (2, 13):
+            raise
+        return export(2)
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def causal_attend(layer: Any, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from fluxc.capture.result import load_capture
 from fluxc.errors import CaptureError, SelfCheckError, UnsupportedAttentionError
 from fluxc.ir.graph import argument, calls, runnable, user_inputs
 from fluxc.signature import CAPTURED_INPUTS
-from fluxc.testing import TINY_FAMILIES, causal_attend, foreign_module, foreign_program
+from fluxc.testing import TINY_FAMILIES, causal_attend, export_from, foreign_module, foreign_program
 
 VOCAB = 97
 
@@ -25,7 +25,6 @@ def hugging_face(family, attention, inputs, *, dynamic=None, **fields):
     model = TINY_FAMILIES[family](**fields)
     exported = copy.deepcopy(model)
     exported.config._attn_implementation = attention
-    sizes = dynamic or {0: Dim("batch", min=1), 1: Dim("sequence", min=1)}
     tokens = torch.zeros(2, 12, dtype=torch.long)
     makers = {
         "input_ids": tokens,
@@ -33,10 +32,15 @@ def hugging_face(family, attention, inputs, *, dynamic=None, **fields):
         "position_ids": torch.arange(12).repeat(2, 1),
     }
     kwargs = {name: makers[name] for name in inputs}
-    shapes = {**dict.fromkeys(inputs, sizes), "use_cache": None}
-    with torch.no_grad():
-        program = torch.export.export(exported, (), {**kwargs, "use_cache": False}, dynamic_shapes=shapes, strict=False)
-    return model, program
+
+    def export(smallest):
+        sizes = dynamic or {0: Dim("batch", min=smallest), 1: Dim("sequence", min=smallest)}
+        shapes = {**dict.fromkeys(inputs, sizes), "use_cache": None}
+        given = {**kwargs, "use_cache": False}
+        with torch.no_grad():
+            return torch.export.export(exported, (), given, dynamic_shapes=shapes, strict=False)
+
+    return model, export_from(1, export)
 
 
 def logits(capture, tokens, positions=None, lens=None, rows=None):
@@ -272,6 +276,22 @@ def test_an_encoder_is_refused_and_the_notes_say_why():
         ("scaled_dot_product_attention", False),
         ("scaled_dot_product_attention_1", False),
     ]
+
+
+def test_a_module_that_torch_exports_from_two_tokens_only(monkeypatch):
+    """As torch 2.11 does with SDPA."""
+    module, export = foreign_module(causal_attend), torch.export.export
+
+    def from_two(model, *args, dynamic_shapes, **options):
+        if model is module and dynamic_shapes[0][1].min < 2:
+            raise ValueError("Constraints violated (S)!")
+        return export(model, *args, dynamic_shapes=dynamic_shapes, **options)
+
+    monkeypatch.setattr(torch.export, "export", from_two)
+    capture = capture_module(module, (torch.zeros(2, 6, dtype=torch.long),))
+    for tokens in (torch.randint(50, (3, 11)), torch.tensor([[7]])):
+        with torch.no_grad():
+            close(logits(capture, tokens), module(tokens))
 
 
 def test_a_module_that_cannot_be_exported():
