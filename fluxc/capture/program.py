@@ -65,7 +65,7 @@ def capture_module(
 
 
 def _exported(model: torch.nn.Module, sample_inputs: tuple[Any, ...]) -> ExportedProgram:
-    """Free from 1, else from 2, where the exporter tells one token apart (SDPA on torch 2.11): widened when captured."""
+    """Free from 1, else from 2 where the exporter tells one token apart (SDPA, torch 2.11); capture widens it."""
     try:
         return _exported_from(1, model, sample_inputs)
     except Exception:
