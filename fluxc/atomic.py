@@ -102,6 +102,7 @@ def storage_errors(target: str | os.PathLike[str], *written: Path) -> Iterator[N
 _HINTS = {
     errno.ENOSPC: "free some space or write elsewhere",
     errno.EDQUOT: "free some space or write elsewhere",
+    errno.EFBIG: "write to a place that takes larger files",
     errno.ENOENT: "create the directory it goes into first",
     errno.ENOTDIR: "a part of the path is a file",
 }

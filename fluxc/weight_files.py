@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fluxc.errors import ArchiveError, StorageError
+from fluxc.errors import ArchiveError
 from fluxc.options import canonical_digest
 
 SHARD_BYTES = 4_000_000_000
@@ -82,11 +84,14 @@ def write_shards(tensors: Mapping[str, Tensor], root: Path, folder: str, limit: 
 
 
 def write_tensors(tensors: Mapping[str, Tensor], root: Path, file: str) -> dict[str, TensorEntry]:
-    """Write one safetensors file; returns where each tensor went."""
+    """Write one safetensors file; returns where each tensor went. Raises OSError where the disk refuses."""
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, root / file)
-    except SafetensorError as cause:  # how safetensors reports a full disk
-        raise StorageError(f"{root / file} cannot be written: {cause}", hint="is the disk full?") from cause
+    except SafetensorError as cause:
+        number = re.search(r"os error (\d+)", str(cause))  # how safetensors reports a full disk
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from cause
     # safetensors creates files that only their owner may read; other files here follow the folder.
     (root / file).chmod(root.stat().st_mode & 0o666)
     return {name: TensorEntry(file, name, dtype_name(t), tuple(t.shape)) for name, t in tensors.items()}

@@ -90,8 +90,8 @@ def _report(fault: Exception, screen: Screen) -> int:
         return 2
     known = _storage_fault(fault)
     if isinstance(known, FluxcError):
-        text = known.message.rstrip(".")
-        screen.error(f"{text}; {known.hint}" if known.hint else text)
+        kept = screen.kept() if isinstance(known, StorageError) else ""
+        screen.error("; ".join(part for part in (known.message.rstrip("."), known.hint, kept) if part))
         return known.exit_code
     text = next(iter(str(fault).strip().splitlines()), "")
     screen.error(f"{type(fault).__name__}: {text}. This is a fault in fluxc; `--debug` shows the traceback")

@@ -61,9 +61,12 @@ class Screen:
 
     def interrupted(self) -> None:
         """One line on stderr: what was kept and how to resume."""
+        self.error(self.kept() or "nothing was written", label="interrupted: ")
+
+    def kept(self) -> str:
+        """What a command that stops now leaves behind, and how to go on; "" for nothing."""
         count = len(list(self.kept_in.iterdir())) if self.kept_in and self.kept_in.is_dir() else 0
-        kept = f"{count} measurements are kept in {self.kept_in}; the same command resumes" if count else ""
-        self.error(kept or "nothing was written", label="interrupted: ")
+        return f"{count} measurements are kept in {self.kept_in}; the same command resumes" if count else ""
 
     def progress(self) -> Progress:
         """Bars on stderr for a library function, silent under `--quiet`."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +100,64 @@ def test_interrupted_calibration_resumes(
     assert main([*argv, "-q"]) == 0
     assert len(measured) == 8 - 3
     assert left_behind(work) == ["tiny.flux"]
+
+
+def test_a_disk_that_fills_up_while_measuring(
+    model: str, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["transform", model, "--budget", "0.5", *QUICK, "-q"]
+    cache, sync = work / "tiny.flux.measuring", os.fsync
+
+    def full(descriptor: int) -> None:
+        if len(list(cache.glob("need-*.json"))) >= 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert main(argv) == 2
+    # The third is in place when its folder cannot be synced any more; nothing half-written stands beside the three.
+    assert [path.suffix for path in cache.iterdir()] == [".json"] * 3
+    assert left_behind(work) == ["tiny.flux.measuring"]
+    resumes(argv, 3, monkeypatch, capsys, "cannot write tiny.flux.measuring/need-")
+
+
+def test_a_disk_that_fills_up_while_writing(
+    model: str, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["transform", model, "--budget", "0.5", *QUICK, "-q"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))  # the weights are 830 KB
+    try:
+        assert main(argv) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert left_behind(work) == ["tiny.flux.measuring"]
+    resumes(argv, 8, monkeypatch, capsys, "cannot write tiny.flux: File too large; write to a place that takes larger")
+
+
+def resumes(
+    argv: list[str], kept: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], said: str
+) -> None:
+    """The error was one line that says what went wrong and what is kept; the same command measures the rest."""
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert captured.err.startswith(f"error: {said}")
+    assert f"; {kept} measurements are kept in tiny.flux.measuring; the same command resumes" in captured.err
+    measured = counting(monkeypatch)
+    assert main(argv) == 0
+    assert len(measured) == 8 - kept
+    assert left_behind(Path.cwd()) == ["tiny.flux"]
+
+
+def test_a_disk_that_is_too_small_is_found_before_measuring(
+    model: str, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = shutil.disk_usage(work)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    refused(
+        ["transform", model, *QUICK], "cannot write tiny.flux: 0.06 GB are needed and 0.00 GB are free", work, capsys
+    )
 
 
 def interrupting(after: int) -> Callable[..., None]:
