@@ -76,7 +76,7 @@ class CurvePoint:
 class Plan:
     """A calibrated routing plan.
 
-    `budget` is the selected one, `achieved` what held-out prompts showed for it (empty: not verified), `calibration`
+    `budget` is the selected one, `achieved` what held-out prompts showed, by budget (see `achieved_at`), `calibration`
     what it was made from (seed, effort, prompts, corpus hash, options digest, versions). `curve` is sorted by budget,
     and no bias falls along it, so the routes of a smaller budget are a subset of those of a larger one.
     """
@@ -133,11 +133,13 @@ class Plan:
         _require(len(budgets) == batch, f"{len(budgets)} budgets for a batch of {batch}")
         return torch.tensor([self.bias(b) for b in budgets], dtype=torch.float32).T.contiguous()
 
-    def with_budget(self, budget: float, achieved: dict[str, Any] | None = None) -> Plan:
-        """The plan with another budget selected; what was verified for the old budget goes."""
-        if budget == self.budget and achieved is None:
-            return self
-        return dataclasses.replace(self, budget=budget, achieved=achieved or {})
+    def with_budget(self, budget: float) -> Plan:
+        """The plan with another budget selected; what was verified for each budget stays."""
+        return self if budget == self.budget else dataclasses.replace(self, budget=budget)
+
+    def achieved_at(self, budget: float | None = None) -> dict[str, Any]:
+        """What held-out prompts showed at `budget` (None: the selected one); empty where it was not verified."""
+        return dict(self.achieved.get(f"{self.budget if budget is None else budget:g}", {}))
 
     def kv_slots(self, routes: Iterable[Any], seq_len: int) -> dict[int, int]:
         """KV slots of one request by attention layer, all attentions of the model. `routes`: bool[L], True is full.

@@ -181,11 +181,12 @@ def test_route_bias_tensor_has_one_column_a_request():
         plan.route_bias([0.4], batch=2)
 
 
-def test_selecting_a_budget_drops_what_was_verified_for_the_old_one():
-    plan = make_plan(achieved={"full_share": 0.39})
+def test_what_was_verified_stays_with_its_budget():
+    plan = make_plan(achieved={"0.4": {"full_share": 0.39}})
     assert plan.with_budget(0.4) is plan
-    assert plan.with_budget(0.3).achieved == {}
-    assert plan.with_budget(0.3, {"full_share": 0.3}).achieved == {"full_share": 0.3}
+    other = plan.with_budget(0.3)
+    assert other.achieved_at() == {}
+    assert other.achieved_at(0.4) == other.with_budget(0.4).achieved_at() == {"full_share": 0.39}
     with pytest.raises(PlanError):
         plan.with_budget(0.05)
 

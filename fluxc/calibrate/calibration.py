@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.export.exported_program import ExportedProgram
 
 from fluxc.artifact import versions
-from fluxc.calibrate.kinds import LAST, Candidate, candidates, compare, with_settings
+from fluxc.calibrate.kinds import LAST, Candidate, candidates, compare, compared_prompts, with_settings
 from fluxc.calibrate.leave_one_out import leave_one_out, rank_correlation
 from fluxc.calibrate.needs import Measurement, measure_needs, pool_queries, routable_layers, to_json
 from fluxc.calibrate.options import EFFORTS, CalibrateOptions, Effort
@@ -23,7 +23,7 @@ from fluxc.calibrate.runner import forced
 from fluxc.calibrate.targets import best_layers, need_matrix
 from fluxc.calibrate.verify import Verification, verify
 from fluxc.capture.result import Capture
-from fluxc.data import corpus, group_of
+from fluxc.data import corpus
 from fluxc.ir.graph import argument, calls, runnable
 from fluxc.ir.pipeline import Observer, Pipeline
 from fluxc.ir.sparse import SparseSettings
@@ -34,9 +34,6 @@ from fluxc.plan import LayerPlan, Plan
 from fluxc.progress import Progress
 from fluxc.router import RouterSpec, router_name, with_routers
 from fluxc.weight_files import weights_digest
-
-COMPARED = 4
-"""Prompts on which sparse kinds are compared: the first of the measured ones that are not local."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +130,7 @@ class Calibration:
 
     def _choose(self, program: ExportedProgram, needs: Tensor) -> list[Candidate]:
         asked = self._asked()
-        prompts = [p for p in self.sets.measured if group_of(p.task) != "local"][:COMPARED]
+        prompts = compared_prompts(self.sets.measured, self._effort.compared)
         if self.options.sparse_kind != "auto" or not prompts:
             return [Candidate(asked, None)]
         length = max(len(p) for p in prompts)
@@ -178,7 +175,8 @@ class Calibration:
         return Plan(info, options.pool, options.decode, layers, routing.curve, options.budget, **more)  # type: ignore[arg-type]
 
     def _plan(self, settings: SparseSettings, routing: Routing, verified: Verification) -> Plan:
-        return self._bare_plan(settings, routing, achieved=_achieved(verified), calibration=self._origin())
+        achieved = {f"{self.options.budget:g}": _achieved(verified)}
+        return self._bare_plan(settings, routing, achieved=achieved, calibration=self._origin())
 
     def _origin(self) -> dict[str, Any]:
         sets = self.sets

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 from torch.export.exported_program import ExportedProgram
 
 from fluxc.calibrate.runner import run_prompt
-from fluxc.data import TokenizedPrompt
+from fluxc.data import TokenizedPrompt, group_of
 from fluxc.ir.graph import runnable
 from fluxc.ir.sparse import SparseSettings
 from fluxc.kernels import density
@@ -51,9 +54,40 @@ def compare(
     prompts: Sequence[TokenizedPrompt],
     advance: Callable[[], None] = lambda: None,
 ) -> list[Candidate]:
-    """Each kind on each prompt under the same bias [L]; best first."""
-    found = [Candidate(each, _loss(program, layers, each, bias, prompts, advance)) for each in options]
-    return sorted(found, key=lambda candidate: candidate.loss or 0.0)
+    """Each kind on each prompt under the same bias [L]; the chosen one first (see `choose`)."""
+    losses = torch.stack([_losses(program, layers, each, bias, prompts, advance) for each in options])
+    order = choose(losses, [each.sink + each.window for each in options])
+    return [Candidate(options[index], float(losses[index].mean())) for index in order]
+
+
+def choose(losses: Tensor, slots: Sequence[int]) -> list[int]:
+    """The kinds in order of preference, from losses [K,N] on the same N prompts and the KV slots each keeps.
+
+    The least mean loss comes first, unless a kind that keeps less KV is within one standard error of the paired
+    differences: a handful of prompts cannot tell these apart, and memory can.
+    """
+    order = losses.mean(1).argsort().tolist()
+    best = order[0]
+    for other in sorted(order[1:], key=lambda index: slots[index]):
+        if slots[other] < slots[best] and _within_error(losses[other] - losses[best]):
+            order.remove(other)
+            return [other, *order]
+    return order
+
+
+def _within_error(differences: Tensor) -> bool:
+    count = differences.numel()
+    return count > 1 and float(differences.mean()) <= float(differences.std() / math.sqrt(count))
+
+
+def compared_prompts(prompts: Sequence[TokenizedPrompt], count: int) -> list[TokenizedPrompt]:
+    """`count` prompts to compare kinds on: groups taking turns, none that are local, whose answers need neither."""
+    groups: dict[str, list[TokenizedPrompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(group_of(prompt.task), []).append(prompt)
+    groups.pop("local", None)
+    turns = itertools.zip_longest(*groups.values())
+    return [prompt for turn in turns for prompt in turn if prompt is not None][:count]
 
 
 def with_settings(program: ExportedProgram, layers: Sequence[int], settings: SparseSettings) -> ExportedProgram:
@@ -61,17 +95,17 @@ def with_settings(program: ExportedProgram, layers: Sequence[int], settings: Spa
     return ApplyPlan(dict.fromkeys(layers, settings)).apply(program).program
 
 
-def _loss(
+def _losses(
     program: ExportedProgram,
     layers: Sequence[int],
     settings: SparseSettings,
     bias: Tensor,
     prompts: Sequence[TokenizedPrompt],
     advance: Callable[[], None],
-) -> float:
+) -> Tensor:
     module = runnable(with_settings(program, layers, settings))
     losses = []
     for prompt in prompts:
         losses.append(run_prompt(module, prompt, bias).loss)
         advance()
-    return sum(losses) / len(losses)
+    return torch.tensor(losses)

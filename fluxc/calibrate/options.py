@@ -24,6 +24,8 @@ class Effort:
     """Short prompts that only show the routers more pooled queries."""
     heldout: int
     """Prompts of the held-out split on which budget and losses are verified."""
+    compared: int
+    """Measured prompts on which sparse kinds are compared."""
     left_out: int
     """Measured prompts on which every layer is also left out, one at a time."""
     lengths: tuple[int, ...]
@@ -32,9 +34,11 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(9, (0.5,), 36, 18, 0, (16,), "one gradient point on 9 prompts, no leave-one-out check"),
-    "normal": Effort(13, (0.0, 0.5), 72, 27, 1, (16,), "two gradient points, prompts of one length"),
-    "thorough": Effort(45, (0.0, 0.5, 1.0), 180, 54, 6, (16, 24, 32), "nothing"),
+    "quick": Effort(
+        9, (0.5,), 36, 9, 4, 0, (16,), "one gradient point, 9 prompts measured and 9 held out, no leave-one-out"
+    ),
+    "normal": Effort(13, (0.0, 0.5), 72, 27, 6, 1, (16,), "two gradient points, prompts of one length"),
+    "thorough": Effort(45, (0.0, 0.5, 1.0), 180, 54, 12, 6, (16, 24, 32), "nothing"),
 }
 
 

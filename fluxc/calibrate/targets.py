@@ -16,6 +16,13 @@ FLOOR = 1e-3
 GROUP_SHARE = 0.75
 """Weight of the mean over a group of tasks against the task's own mean, which rests on few prompts."""
 
+LEVEL_SHARE = 0.3
+"""How far the total need of a task is drawn to the largest one, in logarithms.
+
+Full attention has falling returns: a retrieval prompt's need is lost with its first few layers, and once these are
+full a text gains as much from the next layer. Without this, texts get too little of a large budget.
+"""
+
 PROMPT_SHARE = 0.5
 """Weight of a prompt's own need where tasks are unknown, and there is no mean of its kind to lean on."""
 
@@ -46,9 +53,11 @@ def means_by(needs: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def task_targets(needs: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
-    """The need to expect of each task: its mean, drawn to the mean of its group; values fp32 [L]."""
+    """The need to expect of each task: its mean, drawn to that of its group, its total to the largest; fp32 [L]."""
     own, groups = means_by(needs, tasks), means_by(needs, [group_of(task) for task in tasks])
-    return {task: torch.lerp(own[task], groups[group_of(task)], GROUP_SHARE) + FLOOR for task in own}
+    found = {task: torch.lerp(own[task], groups[group_of(task)], GROUP_SHARE) + FLOOR for task in own}
+    largest = max(float(need.sum()) for need in found.values())
+    return {task: need * (largest / float(need.sum())) ** LEVEL_SHARE for task, need in found.items()}
 
 
 def prompt_targets(needs: Tensor, tasks: Sequence[str]) -> Tensor:

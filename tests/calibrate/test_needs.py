@@ -9,7 +9,7 @@ from fluxc.calibrate import needs as needs_module
 from fluxc.calibrate.leave_one_out import leave_one_out, rank_correlation
 from fluxc.calibrate.needs import Measurement, measure_needs, pool_queries
 from fluxc.calibrate.runner import forced, run_prompt
-from fluxc.calibrate.targets import balanced_weights, best_layers, completed, prompt_targets, task_targets
+from fluxc.calibrate.targets import FLOOR, balanced_weights, best_layers, completed, prompt_targets, task_targets
 from fluxc.data import TokenizedPrompt
 from fluxc.ir.graph import runnable
 from fluxc.ir.sparse import SparseSettings
@@ -103,8 +103,18 @@ def test_targets_draw_tasks_to_their_group():
     needs = torch.tensor([[1.0], [0.0], [0.2]])
     targets = task_targets(needs, ["needle", "kv", "prose"])
     assert 0 < float(targets["kv"]) < float(targets["needle"]) < 1
-    assert float(targets["prose"]) == pytest.approx(0.2, abs=2e-3)
+    # needle 0.75 * 0.5 + 0.25 * 1 = 0.625 is the largest; 0.2 ** 0.7 * 0.625 ** 0.3 = 0.281.
+    assert float(targets["needle"]) == pytest.approx(0.625, abs=2e-3)
+    assert float(targets["prose"]) == pytest.approx(0.281, abs=2e-3)
     assert prompt_targets(needs, ["needle", "kv", "prose"]).shape == (3, 1)
+
+
+def test_levels_are_drawn_together_and_profiles_stay():
+    needs = torch.tensor([[3.0, 1.0], [0.0, 0.02]])
+    targets = task_targets(needs, ["needle", "prose"])
+    largest, least = needs + FLOOR
+    assert float(targets["prose"].sum()) == pytest.approx(float(least.sum() ** 0.7 * largest.sum() ** 0.3))
+    torch.testing.assert_close(targets["prose"] / targets["prose"].sum(), least / least.sum())
 
 
 def test_user_prompts_keep_half_of_their_own_need():

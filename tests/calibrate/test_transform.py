@@ -16,7 +16,7 @@ from fluxc.ir.graph import runnable
 from fluxc.tiny_folder import save_tiny_model
 
 CONTEXT = 1024
-TINY = Effort(9, (0.0, 0.5, 1.0), 9, 9, 1, (16,), "everything")
+TINY = Effort(9, (0.0, 0.5, 1.0), 9, 9, 4, 1, (16,), "everything")
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def test_report_says_asked_and_achieved(model: str, capsys: pytest.CaptureFixtur
     argv = ["transform", model, "--sparse-ratio", "0.5", *QUICK, "--sparse-kind", "streaming", "-o", "a.flux"]
     assert main(argv) == 0
     out = capsys.readouterr().out
-    achieved = open_flux("a.flux").plan.achieved
+    achieved = open_flux("a.flux").plan.achieved_at()
     assert "asked    budget 0.50 (Ω 0.50)" in out
     assert f"achieved budget {achieved['full_share']:.2f}" in out
     assert "kind     streaming, sink 4, window 32, decode sparse" in out
