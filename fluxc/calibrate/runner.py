@@ -33,17 +33,18 @@ class Outcome:
 
 
 def program_inputs(prompt: TokenizedPrompt, bias: Tensor) -> tuple[Tensor, ...]:
-    """The six inputs of a routed program for one prompt; bias fp32 [L] becomes route_bias [L,1]."""
-    device = bias.device
-    ids = torch.tensor(prompt.input_ids, device=device)[None]
+    """The six inputs of a routed program for one prompt; bias fp32 [L], or [L,N] for the prompt N times."""
+    bias = bias[:, None] if bias.dim() == 1 else bias
+    device, rows = bias.device, bias.shape[1]
+    ids = torch.tensor(prompt.input_ids, device=device).repeat(rows, 1)
     length = ids.shape[1]
     return (
         ids,
-        torch.arange(length, device=device)[None],
-        torch.tensor([length], device=device),
-        torch.tensor([prompt.prompt_len], device=device),
-        bias[:, None].float(),
-        torch.tensor([prompt.logits_at], device=device),
+        torch.arange(length, device=device).repeat(rows, 1),
+        torch.full((rows,), length, device=device),
+        torch.full((rows,), prompt.prompt_len, device=device),
+        bias.float(),
+        torch.tensor(prompt.logits_at, device=device).repeat(rows, 1),
     )
 
 
@@ -53,13 +54,22 @@ def answer_loss(logits: Tensor, prompt: TokenizedPrompt) -> Tensor:
     return F.cross_entropy(logits[0].float(), target)
 
 
-@torch.no_grad()
 def run_prompt(module: torch.nn.Module, prompt: TokenizedPrompt, bias: Tensor) -> Outcome:
     """One forward pass of a runnable routed program under the given bias [L]."""
-    logits, routes, scores = module(*program_inputs(prompt, bias))
+    return run_biases(module, prompt, bias[:, None])[0]
+
+
+@torch.no_grad()
+def run_biases(module: torch.nn.Module, prompt: TokenizedPrompt, biases: Tensor) -> list[Outcome]:
+    """One forward pass over the prompt N times, each row under a bias of its own; biases [L,N]."""
+    logits, routes, scores = module(*program_inputs(prompt, biases))
     target = torch.tensor(prompt.answer_ids, device=logits.device)
-    exact = bool((logits[0].argmax(-1) == target).all())
-    return Outcome(float(answer_loss(logits, prompt)), exact, routes[:, 0].cpu(), scores[:, 0].float().cpu())
+    found = []
+    for row in range(biases.shape[1]):
+        exact = bool((logits[row].argmax(-1) == target).all())
+        loss = float(answer_loss(logits[row : row + 1], prompt))
+        found.append(Outcome(loss, exact, routes[:, row].cpu(), scores[:, row].float().cpu()))
+    return found
 
 
 def forced(routes: Sequence[bool] | Tensor) -> Tensor:
