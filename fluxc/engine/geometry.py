@@ -10,7 +10,7 @@ Slots here are logical: 0..pages*PAGE-1 of one layer and request. `physical` map
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class Geometry:
         return pages_of(self.lens(tokens))
 
 
-def ring(shape: LayerShape, plan: Plan, routes: Sequence[bool]) -> tuple[int, int]:
+def ring(shape: LayerShape, plan: Plan, routes: Sequence[bool] | Mapping[int, bool]) -> tuple[int, int]:
     """Sink and window of one layer, (0, 0) where it keeps every token."""
     if shape.row is None:
         return 0, shape.window

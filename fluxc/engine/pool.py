@@ -16,13 +16,15 @@ from fluxc.errors import InternalError
 class Holding:
     """The pages of one request. `table` i32[A,P] names them layer by layer, the first counts[a] of row a are its own.
 
-    `reserved`: pages promised to it, held ones included; what it holds beyond that is counted as well.
+    `reserved`: pages promised to it, held ones included; what it holds beyond that is counted as well. `version`
+    changes whenever the pages do.
     """
 
     def __init__(self, layers: int, reserved: int = 0) -> None:
         self.table = torch.zeros(layers, 1, dtype=torch.int32)
         self.counts = torch.zeros(layers, dtype=torch.int64)
         self.reserved = reserved
+        self.version = 0
 
     @property
     def pages(self) -> int:
@@ -88,6 +90,7 @@ class PagePool:
             pages = [self._free.pop() for _ in range(new - old)]
             holding.table[layer, old:new] = torch.tensor(pages, dtype=torch.int32)
         holding.counts = counts
+        holding.version += 1
 
     def clear(self, holding: Holding) -> list[int]:
         """Take back all pages of a holding that stays open; returns them."""
@@ -97,6 +100,7 @@ class PagePool:
         if len(self._free) > self.total:
             raise InternalError(f"{len(self._free)} pages are free in a pool of {self.total}")
         holding.counts = torch.zeros_like(holding.counts)
+        holding.version += 1
         return pages
 
     def close(self, holding: Holding) -> list[int]:

@@ -1,0 +1,253 @@
+"""The engine: answers of one model to many requests at a time, from a paged cache whose sparse layers stay small."""
+
+from __future__ import annotations
+
+import math
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Self, overload
+
+import torch
+from torch import Tensor
+
+from fluxc.engine.conversation import Conversation
+from fluxc.engine.handle import Handle
+from fluxc.engine.memory import pool_pages
+from fluxc.engine.options import EngineOptions, GenerationOptions
+from fluxc.engine.programs import Programs
+from fluxc.engine.request import Request
+from fluxc.engine.result import Generation, KvBytes, Piece
+from fluxc.engine.sampling import Sampler
+from fluxc.engine.scheduler import Scheduler
+from fluxc.engine.sequence import TokenSequence
+from fluxc.engine.text import Prompt, TextWriter, is_batch, prompt_ids
+from fluxc.engine.worker import Worker
+from fluxc.errors import DataError, OptionError, PlanError
+from fluxc.plan import Plan
+
+Routes = Sequence[bool] | Tensor
+
+
+class Engine:
+    """Runs the programs of a model under a plan; `fluxc.load` makes one of a model.flux directory.
+
+    `crossover` gives the length in tokens below which a budget's prompts run dense. All methods may be called from any
+    thread. Closing it (or leaving a `with` block) ends what still runs.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        plan: Plan,
+        *,
+        tokenizer: Any = None,
+        eos_ids: Sequence[int] = (),
+        crossover: Callable[[float], int] = lambda budget: 0,
+        options: EngineOptions | None = None,
+    ) -> None:
+        self.programs, self.plan, self.tokenizer = programs, plan, tokenizer
+        self.eos_ids = tuple(eos_ids)
+        self.options = options or EngineOptions()
+        self.crossover = crossover
+        self.scheduler = Scheduler(programs, plan, self.options, pool_pages(programs, plan, self.options))
+        self._worker = Worker(self.scheduler)
+        self._last: tuple[Generation, ...] = ()
+        self._closer = weakref.finalize(self, self._worker.stop, DataError("the engine was closed"))
+
+    @property
+    def routes(self) -> Tensor:
+        """Routes bool[L,N] of the N requests of the last `generate`, True for full."""
+        known = [found.routes for found in self._last if found.routes is not None]
+        return torch.stack(known, dim=1) if known else torch.zeros(len(self.plan.layers), 0, dtype=torch.bool)
+
+    @property
+    def kv_bytes(self) -> KvBytes:
+        """Bytes of KV of the requests of the last `generate`, summed, as they were at each one's end."""
+        return sum((found.kv_bytes for found in self._last), KvBytes(0, 0, 0))
+
+    def conversation(self) -> Conversation:
+        """An empty conversation, whose cache is kept between turns."""
+        keeper = self.scheduler.keeper
+        return Conversation(lambda sequence: self._worker.call(lambda: keeper.close(sequence)))
+
+    @overload
+    def generate(self, prompt: Prompt, *, stream: Literal[True], **options: Any) -> Iterator[Piece]: ...
+
+    @overload
+    def generate(self, prompt: Prompt, *, stream: Any = None, **options: Any) -> Generation: ...
+
+    @overload
+    def generate(self, prompt: Sequence[Prompt], *, stream: None = None, **options: Any) -> list[Generation]: ...
+
+    def generate(self, prompt: Any, *, stream: bool | Callable[[str], None] | None = None, **options: Any) -> Any:
+        """Answer a prompt, or a list of prompts of any lengths together; see `submit` for the options.
+
+        `stream`: True returns an iterator over the pieces, whose closing cancels; a function gets each piece of text.
+        For a list, `budget` and `seed` may be lists with one value a prompt, and `routes` may be bool[L,N].
+        """
+        if is_batch(prompt):
+            if stream:
+                raise OptionError("stream takes one prompt", hint="submit each, and read their handles")
+            return self._collect(self._submit_all(list(prompt), options))
+        handle = self.submit(prompt, **options)
+        if stream is True:
+            return _pieces(handle)
+        if callable(stream):
+            for piece in _pieces(handle):
+                stream(piece.text)
+        return self._collect([handle])[0]
+
+    def _submit_all(self, prompts: list[Any], options: dict[str, Any]) -> list[Handle]:
+        if options.get("conversation") is not None:
+            raise OptionError("a conversation takes one prompt at a time")
+        requests = [self.prepare(one, **_row(options, at, len(prompts))) for at, one in enumerate(prompts)]
+        return [self._start(request) for request in requests]
+
+    def _collect(self, handles: list[Handle]) -> list[Generation]:
+        try:
+            found = [handle.result() for handle in handles]
+        finally:
+            for handle in handles:
+                handle.cancel()
+        self._last = tuple(found)
+        return found
+
+    def submit(
+        self,
+        prompt: Prompt,
+        *,
+        budget: float | None = None,
+        routes: Routes | None = None,
+        conversation: Conversation | None = None,
+        reroute: bool = False,
+        **generation: Any,
+    ) -> Handle:
+        """Put a request into the running batch and return at once.
+
+        `prompt`: a text as it is, chat messages, or token ids. `budget`: share of layers that may run full, the plan's
+        own by default. `routes` bool[L] forces them. `conversation` continues one, under its first turn's routes, or
+        with `reroute` as one prompt that is routed anew. `generation`: see GenerationOptions.
+
+        Raises DataError for a prompt that is empty, past the context, or needs more than the whole pool; OptionError
+        for options that are unknown or out of range; PlanError for a bad budget or routes.
+        """
+        return self._start(
+            self.prepare(prompt, budget=budget, routes=routes, conversation=conversation, reroute=reroute, **generation)
+        )
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        *,
+        budget: float | None = None,
+        routes: Routes | None = None,
+        conversation: Conversation | None = None,
+        reroute: bool = False,
+        **generation: Any,
+    ) -> Request:
+        """The request that `submit` would put into the batch, checked."""
+        options = GenerationOptions.from_dict(generation)
+        sequence, new = self._sequence(prompt, budget, routes, conversation, reroute)
+        known = [*sequence.tokens, *new]
+        request = Request(
+            sequence=sequence,
+            new=tuple(new),
+            options=options,
+            limit=min(options.max_new_tokens, self._room(len(known))),
+            full_share=self.plan.budget if budget is None else budget,
+            sampler=Sampler(options, known, self.eos_ids, self.tokenizer, self.programs.device),
+            writer=TextWriter(self.tokenizer),
+        )
+        self.scheduler.keeper.check_fits(request)
+        if conversation is not None:
+            stale = conversation.sequence if conversation.sequence is not sequence else None
+            request.replaces, request.keep = stale, conversation.begin(sequence, prompt)
+        return request
+
+    def _start(self, request: Request) -> Handle:
+        def begin() -> None:
+            if request.replaces is not None:
+                self.scheduler.keeper.close(request.replaces)
+            self.scheduler.add(request)
+
+        request.handle.engine = self
+        self._worker.put(begin)
+        return request.handle
+
+    def _sequence(
+        self,
+        prompt: Prompt,
+        budget: float | None,
+        routes: Routes | None,
+        conversation: Conversation | None,
+        reroute: bool,
+    ) -> tuple[TokenSequence, list[int]]:
+        """The sequence a request continues, and the tokens that come behind it first."""
+        if conversation is None or conversation.sequence is None:
+            return self._new_sequence(prompt_ids(self.tokenizer, prompt), budget, routes), []
+        conversation.check_free()
+        if reroute:
+            return self._new_sequence(conversation.whole_ids(self.tokenizer, prompt, self.eos_ids), budget, routes), []
+        if budget is not None or routes is not None:
+            raise OptionError("a conversation keeps the routes of its first turn", hint="reroute=True chooses anew")
+        return conversation.sequence, self._checked(conversation.turn_ids(self.tokenizer, prompt, self.eos_ids))
+
+    def _new_sequence(self, ids: list[int], budget: float | None, routes: Routes | None) -> TokenSequence:
+        if routes is not None:
+            bias = self._forced(routes)
+        else:
+            bias = self.plan.bias(budget)
+            if len(ids) < self.crossover(self.plan.budget if budget is None else budget):
+                bias = [math.inf] * len(bias)
+        dense = all(value == math.inf for value in bias)
+        return TokenSequence(self._checked(ids), len(ids), bias, dense)
+
+    def _forced(self, routes: Routes) -> list[float]:
+        flags = torch.as_tensor(routes, dtype=torch.bool)
+        if tuple(flags.shape) != (len(self.plan.layers),):
+            raise PlanError(f"routes have shape {list(flags.shape)}, not [{len(self.plan.layers)}] (routable layers)")
+        return [math.inf if flag else -math.inf for flag in flags.tolist()]
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        wrong = [token for token in ids if not 0 <= token < self.programs.vocabulary]
+        if wrong:
+            raise DataError(f"token {wrong[0]} is outside the model's vocabulary of {self.programs.vocabulary}")
+        return ids
+
+    def _room(self, tokens: int) -> int:
+        """Tokens that fit behind `tokens`; raises DataError where there is no room for one."""
+        context = self.programs.context or sys.maxsize
+        if tokens >= context:
+            raise DataError(f"a prompt of {tokens} tokens leaves no room for an answer in a context of {context}")
+        return context - tokens
+
+    def close(self) -> None:
+        """End all requests; the engine takes no more."""
+        self._closer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _pieces(handle: Handle) -> Iterator[Piece]:
+    with handle:
+        yield from handle
+
+
+def _row(options: dict[str, Any], at: int, count: int) -> dict[str, Any]:
+    """The options of one prompt of a list."""
+    row = dict(options)
+    for name in ("budget", "seed"):
+        value = options.get(name)
+        if isinstance(value, (list, tuple)):
+            if len(value) != count:
+                raise OptionError(f"{len(value)} values of {name} for {count} prompts")
+            row[name] = value[at]
+    if options.get("routes") is not None:
+        flags = torch.as_tensor(options["routes"], dtype=torch.bool)
+        row["routes"] = flags[:, at] if flags.dim() == 2 and flags.shape[1] == count else flags
+    return row

@@ -1,0 +1,76 @@
+"""What an answer consists of."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from torch import Tensor
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One new token, and the text that became readable with it (perhaps "")."""
+
+    token: int
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class KvBytes:
+    """Bytes of KV of a request: what the plan keeps under its routes, the pages that took, and the most at any time
+    (with the keys and values of one layer in transit during prefill)."""
+
+    planned: int
+    measured: int
+    peak: int
+
+    def __add__(self, other: KvBytes) -> KvBytes:
+        return KvBytes(self.planned + other.planned, self.measured + other.measured, self.peak + other.peak)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """Seconds: in the queue, from there to the first token, and between each token and the one before."""
+
+    queue: float
+    prefill: float
+    per_token: tuple[float, ...]
+
+    @property
+    def first_token(self) -> float:
+        """From submission to the first token."""
+        return self.queue + self.prefill
+
+    @property
+    def decode(self) -> float:
+        """All tokens after the first."""
+        return sum(self.per_token)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """An answer.
+
+    `tokens`: the new ones, the stopping one included; `text` is theirs without special tokens, "" without a tokenizer.
+    `prompt_tokens`: tokens before the answer, earlier turns included. routes bool[L] are the prompt's (None where the
+    request was cancelled before they were known), scores f32[L] None where no router ran. `sparse_ratio`: Ω.
+    `requeues`: how often its pages went to others and it was computed again.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    routes: Tensor | None
+    scores: Tensor | None
+    finish_reason: FinishReason
+    timings: Timings
+    kv_bytes: KvBytes
+    requeues: int = 0
+
+    @property
+    def sparse_ratio(self) -> float:
+        """Ω: share of the routable layers on SA; 0 where no route is known."""
+        return 0.0 if self.routes is None else 1.0 - float(self.routes.double().mean())
