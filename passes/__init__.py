@@ -29,7 +29,14 @@ ORDER = (
     "route-attention",
     "apply-plan",
     "lower-to-cond",  # fixes the batch to 1, so nothing that serves batches comes after it
+    "merge-linears",  # before the phases part, so that all of them share the merged weights
+    "drop-routers",
+    "rope-per-request",
+    "expose-kv",
+    "insert-kv-cache",
+    "append-turn",
     "outline-layers",  # last: its result is a module
+    "split-phases",  # last as well
 )
 
 
@@ -55,6 +62,32 @@ def lower_pipeline(*, dump_dir: str | Path | None = None) -> Pipeline:
     from fluxc.passes.lower_to_cond import LowerToCond
 
     return watched([LowerToCond(), DeadCode()], dump_dir)
+
+
+def prefill_pipeline(*, dense: bool = False, dump_dir: str | Path | None = None) -> Pipeline:
+    """From a routed program to its prefill: `prefill_pipeline().run(program, "routed")`. `dense`: without routers."""
+    from fluxc.passes.drop_routers import DropRouters
+    from fluxc.passes.expose_kv import ExposeKV
+
+    return watched([*([DropRouters()] if dense else []), ExposeKV()], dump_dir)
+
+
+def decode_pipeline(*, dump_dir: str | Path | None = None) -> Pipeline:
+    """From a routed program to its decode step: `decode_pipeline().run(program, "routed")`."""
+    from fluxc.passes.drop_routers import DropRouters
+    from fluxc.passes.insert_kv_cache import InsertKVCache
+    from fluxc.passes.rope_per_request import RopePerRequest
+
+    return watched([DropRouters(), RopePerRequest(), InsertKVCache()], dump_dir)
+
+
+def append_pipeline(*, dump_dir: str | Path | None = None) -> Pipeline:
+    """From a routed program to that of a further turn: `append_pipeline().run(program, "routed")`."""
+    from fluxc.passes.append_turn import AppendTurn
+    from fluxc.passes.drop_routers import DropRouters
+    from fluxc.passes.rope_per_request import RopePerRequest
+
+    return watched([DropRouters(), RopePerRequest(), AppendTurn()], dump_dir)
 
 
 def watched(passes: Sequence[Pass], dump_dir: str | Path | None = None) -> Pipeline:

@@ -18,7 +18,15 @@ _CAPTURED = ("attention", "grouped_mm")
 _SCORED = (*_CAPTURED, "router_pool")
 _ROUTED = (*_SCORED, "routed_attention")
 _LOWERED = (*_SCORED, "streaming_attention", "triangle_attention")
-_OURS = {"captured": _CAPTURED, "scored": _SCORED, "routed": _ROUTED, "lowered": _LOWERED}
+_OURS = {
+    "captured": _CAPTURED,
+    "scored": _SCORED,
+    "routed": _ROUTED,
+    "lowered": _LOWERED,
+    "prefill": _ROUTED,
+    "decode": ("decode_attention", "kv_write", "grouped_mm"),
+    "append": ("append_attention", "kv_write", "grouped_mm"),
+}
 # What remains of ops that the pre-dispatch form keeps whole, once somebody decomposed it.
 _DECOMPOSED = ("_softmax", "_log_softmax", "native_layer_norm", "native_dropout", "_to_copy", "_unsafe_view", "t")
 

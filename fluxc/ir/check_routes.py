@@ -60,7 +60,8 @@ def router_problems(program: ExportedProgram, stage: str) -> Iterator[str]:
         elif tensor.dtype != torch.float32:
             yield f"the router weight {name} is {tensor.dtype}, not float32"
     outputs: Any = program.graph.output_node().args[0]
-    scores = outputs[-1]
+    at = 1 if stage == "scored" else 2
+    scores = outputs[at] if at < len(outputs) else None
     if not is_call(scores, aten.stack) or len(scores.args[0]) != len(layers):
         yield f"the output scores is not a stack of {len(layers)} scores"
 
@@ -70,7 +71,7 @@ def routable_layers(program: ExportedProgram, stage: str) -> list[int]:
     if stage == "lowered":
         conds = [node for node in attention_nodes(program.graph) if is_call(node, torch.ops.higher_order.cond)]
         return [int(str(node.args[1]).rpartition("_")[2]) for node in conds]
-    if stage == "routed":
+    if stage in ("routed", "prefill"):
         return [argument(node, "layer") for node in calls(program, torch.ops.fluxc.routed_attention)]
     return [argument(n, "layer") for n in calls(program, torch.ops.fluxc.attention) if not argument(n, "window")]
 
@@ -84,9 +85,9 @@ def route_problems(program: ExportedProgram, stage: str) -> Iterator[str]:
     for node in routed:
         yield from _setting_problems(node)
     outputs: Any = program.graph.output_node().args[0]
-    if len(outputs) != 3:
+    if len(outputs) < 3:
         return
-    _, routes, scores = outputs
+    _, routes, scores = outputs[:3]
     if not is_call(routes, aten.stack) or list(routes.args[0]) != [argument(node, "route") for node in routed]:
         yield "the output routes is not the stack of the routes of all layers in graph order"
     elif is_call(scores, aten.stack):

@@ -11,7 +11,15 @@ from torch.export.graph_signature import OutputKind
 from torch.fx import Node
 
 from fluxc.ir.nodes import user_inputs
-from fluxc.signature import CAPTURED_INPUTS, CAPTURED_OUTPUTS, ROUTED_INPUTS, ROUTED_OUTPUTS
+from fluxc.signature import (
+    APPEND_INPUTS,
+    CAPTURED_INPUTS,
+    CAPTURED_OUTPUTS,
+    DECODE_INPUTS,
+    KV_TYPES,
+    ROUTED_INPUTS,
+    ROUTED_OUTPUTS,
+)
 
 _SCORED_INPUTS = tuple(name for name in ROUTED_INPUTS if name != "route_bias")
 _NAMES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -19,7 +27,11 @@ _NAMES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "scored": (_SCORED_INPUTS, ("logits", "scores")),
     "routed": (ROUTED_INPUTS, ROUTED_OUTPUTS),
     "lowered": (ROUTED_INPUTS, ROUTED_OUTPUTS),
+    "prefill": (ROUTED_INPUTS, ROUTED_OUTPUTS),
+    "decode": (DECODE_INPUTS, CAPTURED_OUTPUTS),
+    "append": (APPEND_INPUTS, CAPTURED_OUTPUTS),
 }
+_ONE_REQUEST = ("lowered", "prefill")
 _TYPES: dict[str, tuple[torch.dtype | None, str]] = {
     "input_ids": (torch.int64, "BS"),
     "position_ids": (torch.int64, "BS"),
@@ -30,12 +42,15 @@ _TYPES: dict[str, tuple[torch.dtype | None, str]] = {
     "logits": (None, "BNV"),
     "routes": (torch.bool, "LB"),
     "scores": (torch.float32, "LB"),
+    "cache": (None, "G2HTD"),
+    **{name: (getattr(torch, dtype), axes) for name, (dtype, axes) in KV_TYPES.items()},
 }
+_DECODE_TYPES = {**_TYPES, "slots": (torch.int64, "AB"), "logits": (None, "BV")}
 
 
 def signature_problems(program: ExportedProgram, stage: str) -> Iterator[str]:
     """Inputs and outputs that are not those of the stage; sizes that should be free or alike."""
-    inputs, outputs = _NAMES[stage]
+    inputs, outputs = _names(program, stage)
     if user_inputs(program) != inputs:
         yield f"inputs are {', '.join(user_inputs(program))}, not {', '.join(inputs)}"
         return
@@ -45,18 +60,27 @@ def signature_problems(program: ExportedProgram, stage: str) -> Iterator[str]:
     results: Any = program.graph.output_node().args[0]
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     named = [(name, nodes[name]) for name in inputs]
-    if len(results) != len(outputs):
+    if len(results) != len(outputs) and stage != "prefill":  # check_kv looks at what follows there
         yield f"{len(results)} outputs, not {', '.join(outputs)}"
     else:
-        named += list(zip(outputs, results, strict=True))
-    sizes: dict[str, str] = {}
+        named += list(zip(outputs, results, strict=False))
+    sizes: dict[str, str] = {"2": "2"}
+    types = _DECODE_TYPES if stage == "decode" else _TYPES
     for name, node in named:
-        yield from _type_problems(name, node, sizes)
+        yield from _type_problems(name, node, types[name], sizes)
     yield from _freedom_problems(nodes, stage)
 
 
-def _type_problems(name: str, node: Node, sizes: dict[str, str]) -> Iterator[str]:
-    dtype, axes = _TYPES[name]
+def _names(program: ExportedProgram, stage: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Inputs and outputs of the stage; prefill comes from a routed or from a captured program."""
+    is_dense = stage == "prefill" and "route_bias" not in user_inputs(program)
+    return _NAMES["captured" if is_dense else stage]
+
+
+def _type_problems(
+    name: str, node: Node, expected: tuple[torch.dtype | None, str], sizes: dict[str, str]
+) -> Iterator[str]:
+    dtype, axes = expected
     val: Any = node.meta.get("val")
     if not isinstance(val, torch.Tensor) or val.dim() != len(axes):
         yield f"{name} is not a tensor [{','.join(axes)}]"
@@ -70,10 +94,21 @@ def _type_problems(name: str, node: Node, sizes: dict[str, str]) -> Iterator[str
 
 def _freedom_problems(nodes: dict[str, Node], stage: str) -> Iterator[str]:
     batch, length = nodes["input_ids"].meta["val"].shape
-    if stage == "lowered" and batch != 1:
-        yield f"the batch is {batch}: a cond takes one decision for all requests, so the batch must be 1"
-    if stage != "lowered" and not isinstance(batch, torch.SymInt):
+    if stage in _ONE_REQUEST and batch != 1:
+        yield f"the batch is {batch}: routes are decided for one request, so the batch must be 1"
+    if stage not in _ONE_REQUEST and not isinstance(batch, torch.SymInt):
         yield f"the batch is fixed at {batch}"
-    for name, size in (("length", length), ("number of logits rows", nodes["logits_at"].meta["val"].shape[1])):
+    if stage == "decode" and length != 1:
+        yield f"the length is {length}: a decode step is one token, so it must be 1"
+    for name, size in _free_sizes(nodes, stage):
         if not isinstance(size, torch.SymInt):
             yield f"the {name} is fixed at {size}"
+
+
+def _free_sizes(nodes: dict[str, Node], stage: str) -> Iterator[tuple[str, Any]]:
+    if stage != "decode":
+        yield "length", nodes["input_ids"].meta["val"].shape[1]
+        yield "number of logits rows", nodes["logits_at"].meta["val"].shape[1]
+    if stage in ("decode", "append"):
+        yield "number of pages", nodes["cache"].meta["val"].shape[0]
+        yield "number of pages of a request", nodes["page_table"].meta["val"].shape[2]

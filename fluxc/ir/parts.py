@@ -63,6 +63,15 @@ def build_part(
     return GraphModule(dict(held.values()), graph)
 
 
+def build_whole(program: ExportedProgram) -> GraphModule:
+    """A module that computes the program's outputs (a tuple) from its inputs, over the program's own weights."""
+    held = attributes(program)
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node not in held]
+    outputs: Any = program.graph.output_node().args[0]
+    return build_part(nodes, inputs, outputs, held)
+
+
 class _Copier:
     """Copies nodes into a graph; each size is read once, from a tensor that is there."""
 

@@ -90,7 +90,8 @@ class _Printer:
         if node.op == "output":
             yield f"return {', '.join(self._value(arg) for arg in _flat(node.args[0]))}"
         elif node.op == "call_function" and not _is_size(node):
-            yield f"%{node.name} : {self._type(node)} = {_op_name(node)}({self._arguments(node)})"
+            result = f"%{node.name} : {self._type(node)} = " if _has_result(node) else ""
+            yield f"{result}{_op_name(node)}({self._arguments(node)})"
             for argument in node.all_input_nodes:
                 branch = _submodule(module, argument)
                 if branch is not None:
@@ -145,6 +146,11 @@ def _size_names(graph: Graph) -> dict[str, str]:
             if node.op == "placeholder" and node.name == source and isinstance(node.meta.get("val"), torch.Tensor):
                 names.setdefault(str(node.meta["val"].shape[axis]), name)
     return {symbol: name for symbol, name in names.items() if _SYMBOL.fullmatch(symbol)}
+
+
+def _has_result(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or len(schema.returns) > 0
 
 
 def _is_size(node: Node) -> bool:

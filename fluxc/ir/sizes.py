@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils import _pytree as pytree
 
 from fluxc.ir.graph import Draft
 
@@ -20,20 +20,36 @@ def fix_size(draft: Draft, node: Node, axis: int, size: int) -> None:
         return
     expr = symbol.node.expr
     draft.range_constraints.pop(expr, None)
-    for placeholder in draft.placeholders():
-        placeholder.meta["val"] = _with_size(draft, placeholder.meta["val"], expr, size)
-    values = [placeholder.meta["val"] for placeholder in draft.placeholders()]
-    draft.module.recompile()
-    FakeTensorProp(draft.module, draft.fake_mode).propagate_dont_convert_inputs(*values)
+    fixed = _Fixed(draft.fake_mode, expr, size)
+    for other in draft.graph.nodes:
+        if "val" in other.meta:
+            other.meta["val"] = pytree.tree_map(fixed.value, other.meta["val"])
     _inline_constant_sizes(draft)
 
 
-def _with_size(draft: Draft, val: Any, expr: Any, size: int) -> Any:
-    if not isinstance(val, torch.Tensor) or all(_expr(dim) != expr for dim in val.shape):
-        return val
-    shape = [size if _expr(dim) == expr else dim for dim in val.shape]
-    with draft.fake_mode:
-        return torch.empty(shape, dtype=val.dtype, device=val.device)
+class _Fixed:
+    """Puts a number for a symbol in fake values; a value without the symbol stays the object it is."""
+
+    def __init__(self, fake_mode: Any, symbol: Any, size: int) -> None:
+        self._fake_mode, self._symbol, self._size = fake_mode, symbol, size
+
+    def value(self, val: Any) -> Any:
+        if isinstance(val, torch.SymInt):
+            return self._integer(val)
+        if not isinstance(val, torch.Tensor) or not any(map(self._varies, (*val.shape, *val.stride()))):
+            return val
+        shape, stride = map(self._integer, val.shape), map(self._integer, val.stride())
+        with self._fake_mode:
+            return torch.empty_strided(tuple(shape), tuple(stride), dtype=val.dtype, device=val.device)
+
+    def _varies(self, size: Any) -> bool:
+        return isinstance(size, torch.SymInt) and self._symbol in size.node.expr.free_symbols
+
+    def _integer(self, size: Any) -> Any:
+        if not self._varies(size):
+            return size
+        expr = size.node.expr.subs(self._symbol, self._size)
+        return int(expr) if expr.is_number else self._fake_mode.shape_env.create_symintnode(expr, hint=None)
 
 
 def _inline_constant_sizes(draft: Draft) -> None:
@@ -46,7 +62,3 @@ def _inline_constant_sizes(draft: Draft) -> None:
 
 def _constant_of(size: Node) -> Callable[[Node], Any]:
     return lambda node: size.meta["val"] if node is size else node
-
-
-def _expr(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size

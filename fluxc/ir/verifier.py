@@ -6,6 +6,9 @@
 | scored | insert-routers | a router and a score for each routable attention; not yet used |
 | routed | route-attention, apply-plan | the routed signature; `routed_attention` where it is routable |
 | lowered | lower-to-cond | batch 1; a cond where it was routed |
+| prefill | expose-kv | routed or captured, batch 1; keys and values among the outputs |
+| decode | insert-kv-cache | length 1; every attention writes to the cache and reads it; no router |
+| append | append-turn | a further turn: every attention reads the cache, then writes to it; no router |
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from fluxc import kernels
 from fluxc.errors import InternalError, VerifierError
 from fluxc.ir.check_calls import call_problems
 from fluxc.ir.check_conds import cond_problems
+from fluxc.ir.check_kv import cache_problems, prefill_problems
 from fluxc.ir.check_routes import attention_problems, route_problems, router_problems
 from fluxc.ir.check_signature import signature_problems
 
@@ -28,6 +32,9 @@ CHECKS: dict[str, tuple[Check, ...]] = {
     "scored": (signature_problems, call_problems, attention_problems, router_problems),
     "routed": (signature_problems, call_problems, attention_problems, router_problems, route_problems),
     "lowered": (signature_problems, call_problems, attention_problems, router_problems, cond_problems),
+    "prefill": (signature_problems, call_problems, attention_problems, prefill_problems),
+    "decode": (signature_problems, call_problems, cache_problems),
+    "append": (signature_problems, call_problems, cache_problems),
 }
 
 

@@ -12,6 +12,9 @@ from fluxc import kernels
 from fluxc.errors import InternalError, VerifierError
 from fluxc.ir.graph import Draft, is_call
 from fluxc.ir.verifier import CHECKS, problems, verify
+from fluxc.passes.append_turn import AppendTurn
+from fluxc.passes.expose_kv import ExposeKV
+from fluxc.passes.insert_kv_cache import InsertKVCache
 from fluxc.passes.insert_routers import InsertRouters
 from fluxc.passes.lower_to_cond import LowerToCond
 from fluxc.testing import ToyConfig, toy_inputs, toy_module
@@ -30,6 +33,9 @@ def programs(toy, toy_routed):
         "scored": InsertRouters().apply(captured).program,
         "routed": routed,
         "lowered": LowerToCond().apply(routed).program,
+        "prefill": ExposeKV().apply(routed).program,
+        "decode": InsertKVCache().apply(captured).program,
+        "append": AppendTurn().apply(captured).program,
     }
 
 

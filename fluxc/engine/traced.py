@@ -1,0 +1,160 @@
+"""The engine's programs as traced graphs, derived by passes from one routed program over one set of weights.
+
+A model.flux directory stores the routed and the captured graph. Prefill, dense prefill, decode and append are derived
+from the routed one when it is loaded, and no further graphs are stored: reading a graph from disk costs more than
+deriving three. Measured on one CPU thread with a Llama of 30 layers (2,588 nodes), CPU seconds: reading one graph 7.5;
+`drop-routers` 0.4, decode 1.5, append 0.6, prefill 1.5, `merge-linears` 2.2. Dense prefill and append are derived
+when they are first called.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export.exported_program import ExportedProgram
+from torch.fx import GraphModule
+
+from fluxc import kernels, passes
+from fluxc.engine.programs import LayerKV, Prefilled
+from fluxc.engine.shapes import LayerShape
+from fluxc.ir.graph import argument, is_call, user_inputs
+from fluxc.ir.kv import kv_geometry
+from fluxc.ir.layers import attention_nodes
+from fluxc.ir.parts import build_whole
+from fluxc.ir.phases import LayerPieces, Phases, PrefillRun
+from fluxc.passes.merge_linears import MergeLinears
+from fluxc.passes.rope_per_request import rope_limit
+from fluxc.passes.split_phases import SplitPhases
+
+
+class TracedPrograms:
+    """`Programs` of a routed program (or a captured one: no layer is routable then).
+
+    `context`: the model's, in tokens, 0 where it is not known. `merge`: merge GEMMs that read the same value; weights
+    that do not lie together are copied for it, and the given program keeps its own. Raises UnsupportedAttentionError
+    for layers that one cache cannot hold.
+    """
+
+    def __init__(self, program: ExportedProgram, *, context: int = 0, merge: bool = True) -> None:
+        kernels.register()
+        self.layers = layer_shapes(program)
+        self.vocabulary = _vocabulary(program)
+        self.context = context
+        self.rope_limit = rope_limit(program)
+        self.dtype = kv_geometry(attention_nodes(program.graph)).dtype
+        self.device: torch.device = _input(program, "input_ids").device
+        self._program = MergeLinears().apply(program).program if merge else program
+        self._stage = "routed" if "route_bias" in user_inputs(program) else "captured"
+
+    def prefill(
+        self, input_ids: Tensor, prompt_lens: Tensor, route_bias: Tensor, logits_at: Tensor, *, dense: bool = False
+    ) -> Iterator[LayerKV | Prefilled]:
+        """See `Programs.prefill`."""
+        phases = self._dense_phases if dense else self._phases
+        length = input_ids.shape[1]
+        inputs = {
+            "input_ids": input_ids,
+            "position_ids": torch.arange(length, device=input_ids.device)[None],
+            "seq_lens": torch.full_like(prompt_lens, length),
+            "prompt_lens": prompt_lens,
+            "route_bias": route_bias,
+            "logits_at": logits_at,
+        }
+        run = PrefillRun(phases, {name: inputs[name] for name in phases.inputs})
+        _step(run, phases.prologue)
+        for index, layer in enumerate(phases.layers):
+            yield _attend(run, layer, index)
+            _step(run, layer.after)
+        yield self._prefilled(_step(run, phases.epilogue, phases.outputs))
+
+    @torch.no_grad()
+    def decode(
+        self, cache: Tensor, input_ids: Tensor, position_ids: Tensor, slots: Tensor, page_table: Tensor, lens: Tensor
+    ) -> Tensor:
+        """See `Programs.decode`."""
+        return self._decode(input_ids, position_ids, cache, slots, page_table, lens)[0]
+
+    @torch.no_grad()
+    def append(
+        self,
+        cache: Tensor,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        seq_lens: Tensor,
+        slots: Tensor,
+        page_table: Tensor,
+        lens: Tensor,
+        start: Tensor,
+        sinks: Tensor,
+        windows: Tensor,
+        logits_at: Tensor,
+    ) -> Tensor:
+        """See `Programs.append`."""
+        last = (start + seq_lens - 1)[:, None]  # padding must not reach positions that turn the factors of a request
+        positions = torch.minimum(position_ids, last)
+        return self._append(input_ids, positions, logits_at, cache, slots, page_table, lens, start, sinks, windows)[0]
+
+    @functools.cached_property
+    def _phases(self) -> Phases:
+        return self._split(dense=self._stage == "captured")
+
+    @functools.cached_property
+    def _dense_phases(self) -> Phases:
+        return self._split(dense=True)
+
+    @functools.cached_property
+    def _decode(self) -> GraphModule:
+        return build_whole(passes.decode_pipeline().run(self._program, self._stage).program)
+
+    @functools.cached_property
+    def _append(self) -> GraphModule:
+        return build_whole(passes.append_pipeline().run(self._program, self._stage).program)
+
+    def _split(self, dense: bool) -> Phases:
+        return SplitPhases().apply(passes.prefill_pipeline(dense=dense).run(self._program, self._stage).program)
+
+    def _prefilled(self, outputs: dict[str, Tensor]) -> Prefilled:
+        logits, *rest = outputs.values()
+        if rest:
+            routes, scores = rest
+            return Prefilled(logits, routes[:, 0], scores[:, 0])
+        routable = sum(layer.routable for layer in self.layers)
+        return Prefilled(logits, torch.ones(routable, dtype=torch.bool, device=logits.device), None)
+
+
+def layer_shapes(program: ExportedProgram) -> tuple[LayerShape, ...]:
+    """The attention layers of a captured or routed program; raises UnsupportedAttentionError as TracedPrograms does."""
+    nodes = attention_nodes(program.graph)
+    geometry = kv_geometry(nodes)
+    shapes: list[LayerShape] = []
+    for node in nodes:
+        is_routed = is_call(node, torch.ops.fluxc.routed_attention)
+        window = 0 if is_routed else argument(node, "window")
+        row = sum(shape.routable for shape in shapes) if is_routed else None
+        shapes.append(LayerShape(argument(node, "layer"), is_routed, row, geometry.heads, geometry.width, window))
+    return tuple(shapes)
+
+
+@torch.no_grad()
+def _step(run: PrefillRun, *args: Any) -> dict[str, Tensor]:
+    return run.step(*args)
+
+
+def _attend(run: PrefillRun, layer: LayerPieces, index: int) -> LayerKV:
+    """The layer up to its attention. The route is asked for when the attention is under way, not before."""
+    route = _step(run, layer.before, (layer.route,) if layer.route else ())
+    kept = _step(run, layer.attend, (layer.k, layer.v))
+    return LayerKV(index, kept[layer.k], kept[layer.v], bool(route[layer.route]) if layer.route else None)
+
+
+def _vocabulary(program: ExportedProgram) -> int:
+    outputs: Any = program.graph.output_node().args[0]
+    return int(outputs[0].meta["val"].shape[-1])
+
+
+def _input(program: ExportedProgram, name: str) -> Tensor:
+    return next(node for node in program.graph.nodes if node.name == name).meta["val"]
