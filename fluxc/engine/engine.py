@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self, overload
@@ -13,20 +11,17 @@ from torch import Tensor
 
 from fluxc.engine.conversation import Conversation
 from fluxc.engine.handle import Handle
+from fluxc.engine.intake import Intake, Routes
 from fluxc.engine.memory import pool_pages
-from fluxc.engine.options import EngineOptions, GenerationOptions
+from fluxc.engine.options import EngineOptions
 from fluxc.engine.programs import Programs
 from fluxc.engine.request import Request
 from fluxc.engine.result import Generation, KvBytes, Piece
-from fluxc.engine.sampling import Sampler
 from fluxc.engine.scheduler import Scheduler
-from fluxc.engine.sequence import TokenSequence
-from fluxc.engine.text import Prompt, TextWriter, is_batch, prompt_ids
+from fluxc.engine.text import Prompt, is_batch
 from fluxc.engine.worker import Worker
-from fluxc.errors import DataError, OptionError, PlanError
+from fluxc.errors import DataError, OptionError
 from fluxc.plan import Plan
-
-Routes = Sequence[bool] | Tensor
 
 
 class Engine:
@@ -47,10 +42,10 @@ class Engine:
         options: EngineOptions | None = None,
     ) -> None:
         self.programs, self.plan, self.tokenizer = programs, plan, tokenizer
-        self.eos_ids = tuple(eos_ids)
         self.options = options or EngineOptions()
         self.crossover = crossover
         self.scheduler = Scheduler(programs, plan, self.options, pool_pages(programs, plan, self.options))
+        self._intake = Intake(programs, plan, tokenizer, tuple(eos_ids), crossover, self.scheduler.keeper)
         self._worker = Worker(self.scheduler)
         self._last: tuple[Generation, ...] = ()
         self._closer = weakref.finalize(self, self._worker.stop, DataError("the engine was closed"))
@@ -136,34 +131,9 @@ class Engine:
             self.prepare(prompt, budget=budget, routes=routes, conversation=conversation, reroute=reroute, **generation)
         )
 
-    def prepare(
-        self,
-        prompt: Prompt,
-        *,
-        budget: float | None = None,
-        routes: Routes | None = None,
-        conversation: Conversation | None = None,
-        reroute: bool = False,
-        **generation: Any,
-    ) -> Request:
+    def prepare(self, prompt: Prompt, **options: Any) -> Request:
         """The request that `submit` would put into the batch, checked."""
-        options = GenerationOptions.from_dict(generation)
-        sequence, new = self._sequence(prompt, budget, routes, conversation, reroute)
-        known = [*sequence.tokens, *new]
-        request = Request(
-            sequence=sequence,
-            new=tuple(new),
-            options=options,
-            limit=min(options.max_new_tokens, self._room(len(known))),
-            full_share=self.plan.budget if budget is None else budget,
-            sampler=Sampler(options, known, self.eos_ids, self.tokenizer, self.programs.device),
-            writer=TextWriter(self.tokenizer),
-        )
-        self.scheduler.keeper.check_fits(request)
-        if conversation is not None:
-            stale = conversation.sequence if conversation.sequence is not sequence else None
-            request.replaces, request.keep = stale, conversation.begin(sequence, prompt)
-        return request
+        return self._intake.request(prompt, **options)
 
     def _start(self, request: Request) -> Handle:
         def begin() -> None:
@@ -174,53 +144,6 @@ class Engine:
         request.handle.engine = self
         self._worker.put(begin)
         return request.handle
-
-    def _sequence(
-        self,
-        prompt: Prompt,
-        budget: float | None,
-        routes: Routes | None,
-        conversation: Conversation | None,
-        reroute: bool,
-    ) -> tuple[TokenSequence, list[int]]:
-        """The sequence a request continues, and the tokens that come behind it first."""
-        if conversation is None or conversation.sequence is None:
-            return self._new_sequence(prompt_ids(self.tokenizer, prompt), budget, routes), []
-        conversation.check_free()
-        if reroute:
-            return self._new_sequence(conversation.whole_ids(self.tokenizer, prompt, self.eos_ids), budget, routes), []
-        if budget is not None or routes is not None:
-            raise OptionError("a conversation keeps the routes of its first turn", hint="reroute=True chooses anew")
-        return conversation.sequence, self._checked(conversation.turn_ids(self.tokenizer, prompt, self.eos_ids))
-
-    def _new_sequence(self, ids: list[int], budget: float | None, routes: Routes | None) -> TokenSequence:
-        if routes is not None:
-            bias = self._forced(routes)
-        else:
-            bias = self.plan.bias(budget)
-            if len(ids) < self.crossover(self.plan.budget if budget is None else budget):
-                bias = [math.inf] * len(bias)
-        dense = all(value == math.inf for value in bias)
-        return TokenSequence(self._checked(ids), len(ids), bias, dense)
-
-    def _forced(self, routes: Routes) -> list[float]:
-        flags = torch.as_tensor(routes, dtype=torch.bool)
-        if tuple(flags.shape) != (len(self.plan.layers),):
-            raise PlanError(f"routes have shape {list(flags.shape)}, not [{len(self.plan.layers)}] (routable layers)")
-        return [math.inf if flag else -math.inf for flag in flags.tolist()]
-
-    def _checked(self, ids: list[int]) -> list[int]:
-        wrong = [token for token in ids if not 0 <= token < self.programs.vocabulary]
-        if wrong:
-            raise DataError(f"token {wrong[0]} is outside the model's vocabulary of {self.programs.vocabulary}")
-        return ids
-
-    def _room(self, tokens: int) -> int:
-        """Tokens that fit behind `tokens`; raises DataError where there is no room for one."""
-        context = self.programs.context or sys.maxsize
-        if tokens >= context:
-            raise DataError(f"a prompt of {tokens} tokens leaves no room for an answer in a context of {context}")
-        return context - tokens
 
     def close(self) -> None:
         """End all requests; the engine takes no more."""

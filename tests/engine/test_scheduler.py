@@ -18,12 +18,13 @@ from fluxc.toy_engine import ToyPrograms, toy_plan
 RINGS = ((2, 6), 5, (3, 9))
 
 
-def make(rings=RINGS, decode="sparse", pages=None, rope_limit=0, **options) -> Engine:
+def make(rings=RINGS, decode="sparse", pages=None, rope_limit=0, crossover=0, **options) -> Engine:
     plan = toy_plan(rings, decode)
     programs = ToyPrograms(plan, rope_limit=rope_limit)
     page_bytes = 2 * PAGE * 4 * 8
     memory = {} if pages is None else {"kv_memory": pages * page_bytes}
-    engine = Engine(programs, plan, options=EngineOptions(**{"max_batch": 4, **memory, **options}))
+    settings = EngineOptions(**{"max_batch": 4, **memory, **options})
+    engine = Engine(programs, plan, options=settings, crossover=lambda budget: crossover)
     # What nobody wrote must not be read.
     engine.scheduler.runner.cache.fill_(torch.nan)
     return engine
@@ -179,8 +180,7 @@ def test_keys_are_made_anew_past_the_rope_limit(limit, dense):
 
 
 def test_short_prompts_run_dense_below_the_crossover():
-    engine = make()
-    engine.crossover = lambda budget: 50
+    engine = make(crossover=50)
     short, long = drive(engine, *(engine.prepare(ids(n), budget=0.0, max_new_tokens=70) for n in (49, 50)))
     assert (short.scores, short.sparse_ratio) == (None, 0.0)
     assert (long.scores is None, long.sparse_ratio) == (False, 1.0)
