@@ -1,4 +1,4 @@
-"""Which provider serves each attention op on each device, and why those preferred to it were skipped."""
+"""Which provider serves each op on each device, and why those preferred to it were skipped."""
 
 from __future__ import annotations
 
@@ -6,7 +6,17 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-ATTENTION_OPS = ("attention", "streaming_attention", "triangle_attention")
+SERVED_OPS = (
+    "attention",
+    "streaming_attention",
+    "triangle_attention",
+    "routed_attention",
+    "router_pool",
+    "router",
+    "kv_write",
+    "decode_attention",
+    "append_attention",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +31,7 @@ class Serving:
 
 def serve_all(devices: Sequence[str]) -> tuple[Serving, ...]:
     """Who serves a plain call of every op (batch 1, 256 tokens, 4/2 heads of 64) on each device."""
-    return tuple(_serving(op, device) for op in ATTENTION_OPS for device in devices)
+    return tuple(_serving(op, device) for op in SERVED_OPS for device in devices)
 
 
 def _serving(op: str, device: str) -> Serving:
@@ -42,10 +52,42 @@ def _sample_call(op: str, device: str) -> tuple[list[Any], dict[str, Any]]:
     import torch
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    q, kv = (torch.zeros(1, heads, 256, 64, dtype=dtype, device=device) for heads in (4, 2))
-    tensors = {"q": q, "k": kv, "v": kv, "prompt_lens": torch.tensor([256], device=device)}
-    sizes = {"scale": 0.125, "layer": 0, "sink": 16, "window": 64, "last": 16}
+    tensors = {**_rows(dtype, device), **_cached(dtype, device)}
+    if op == "decode_attention":
+        tensors["q"] = tensors["q"][:, :, 0]
+    options = {"scale": 0.125, "layer": 0, "sink": 16, "window": 64, "last": 16, "kind": "streaming", "pool": 100}
     schema = getattr(torch.ops.fluxc, op).default._schema
     required = [a.name for a in schema.arguments if not a.has_default_value()]
-    given = [tensors[name] for name in required if name in tensors]
-    return given, {name: sizes[name] for name in required if name in sizes}
+    given = [tensors[name] if name in tensors else _weight(name, device) for name in required if name not in options]
+    return given, {name: options[name] for name in required if name in options}
+
+
+def _rows(dtype: Any, device: str) -> dict[str, Any]:
+    import torch
+
+    q, kv = (torch.zeros(1, heads, 256, 64, dtype=dtype, device=device) for heads in (4, 2))
+    route, lens = torch.ones(1, dtype=torch.bool, device=device), torch.tensor([256], device=device)
+    return {"q": q, "k": kv, "v": kv, "route": route, "prompt_lens": lens}
+
+
+def _cached(dtype: Any, device: str) -> dict[str, Any]:
+    import torch
+
+    numbers = {name: torch.zeros(1, dtype=torch.int64, device=device) for name in ("start", "sinks", "windows")}
+    pages = {
+        "cache": torch.zeros(4, 2, 2, 64, 64, dtype=dtype, device=device),
+        "page_table": torch.zeros(1, 4, dtype=torch.int32, device=device),
+        "lens": torch.zeros(1, dtype=torch.int32, device=device),
+        "slots": torch.zeros(1, 256, dtype=torch.int64, device=device),
+    }
+    return {**numbers, **pages}
+
+
+def _weight(name: str, device: str) -> Any:
+    """A tensor of the router of a head of 64, by its argument's name."""
+    import torch
+
+    d = 64
+    sizes = {"encoder_0": (8 * d, d), "encoder_2": (2 * d, 8 * d), "head_0": (4 * d, 2 * d), "head_2": (d, 4 * d)}
+    size = (sizes | {"head_4": (2, d)})[name.removesuffix("_weight").removesuffix("_bias")]
+    return torch.zeros(size if name.endswith("_weight") else size[:1], device=device)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxc.kernels import triton_rows
 from fluxc.kernels.explicit import sum_dtype
 from fluxc.kernels.row_call import RowCall, RowOptions, check
 from fluxc.kernels.rows import attend_backward, sink_logits_grad
@@ -78,7 +79,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     call = RowCall(q, k, v, RowOptions(**options), route, prompt_lens, q_start, sink_logits)
     check(op, call)
-    return call.forward()
+    return triton_rows.forward(call) if triton_rows.serves(call) else call.forward()
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *requests: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -102,6 +103,8 @@ def _backward(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = RowCall(q, k, v, RowOptions(**options), route, prompt_lens, q_start, sink_logits)
+    if triton_rows.serves(call):
+        return (*triton_rows.backward(call, out, lse, grad), q.new_empty(0))
     grads = attend_backward(grad, q, k, v, out, lse, call.plans(), call.options.scores)
     sink = q.new_empty(0) if sink_logits is None else sink_logits_grad(grad, out, lse, sink_logits)
     return (*grads, sink)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from fluxc.errors import InternalError
 from fluxc.kernels import autograd
 from fluxc.kernels.row_call import RowCall, check
 from fluxc.kernels.schemas import NAMESPACE, SCHEMAS
+from fluxc.kernels.triton_available import unavailable
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Provider:
 
     name: str
     supported: Callable[..., str | None]
-    run: Callable[..., Tensor]
+    run: Callable[..., Any]
 
 
 def choose(op: str, providers: tuple[Provider, ...], *args: Any, **kwargs: Any) -> Provider:
@@ -38,15 +38,11 @@ def choose(op: str, providers: tuple[Provider, ...], *args: Any, **kwargs: Any) 
 
 
 def triton_provider(op: str) -> Provider:
-    """The op's Triton kernel, whose module is imported by the first call on a CUDA tensor."""
+    """The op's Triton kernel, whose module is imported by the first call on a tensor that Triton can run on."""
     module = f"{__package__}.{op}.triton_impl"
 
     def supported(q: Tensor, *args: Any, **kwargs: Any) -> str | None:
-        if q.device.type != "cuda":
-            return "needs a CUDA device"
-        if importlib.util.find_spec("triton") is None or importlib.util.find_spec(module) is None:
-            return "Triton is not installed"
-        return importlib.import_module(module).supported(q, *args, **kwargs)
+        return unavailable(q) or importlib.import_module(module).supported(q, *args, **kwargs)
 
     return Provider(
         "triton", supported, lambda *args, **kwargs: importlib.import_module(module).forward(*args, **kwargs)
@@ -60,8 +56,13 @@ def pieces_provider(row_call: Callable[..., RowCall]) -> Provider:
     )
 
 
-def define_attention(op: str, row_call: Callable[..., RowCall], run: Callable[..., Tensor]) -> None:
-    """Define torch.ops.fluxc.<op>. `row_call` maps its arguments to a RowCall; `run` computes it without a tape."""
+def define_attention(
+    op: str, row_call: Callable[..., RowCall], run: Callable[..., Tensor], by_torch: Provider | None = None
+) -> None:
+    """Define torch.ops.fluxc.<op>. `row_call` maps its arguments to a RowCall; `run` computes it without a tape.
+
+    `by_torch`: a provider that torch differentiates by itself, for the calls with a tape that it supports.
+    """
     name = f"{NAMESPACE}::{op}"
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
@@ -71,7 +72,10 @@ def define_attention(op: str, row_call: Callable[..., RowCall], run: Callable[..
     def with_tape(*args: Any, **kwargs: Any) -> Tensor:
         call = row_call(*args, **kwargs)
         if autograd.needs_grad(call):
-            return autograd.apply(op, call)
+            if by_torch is None or by_torch.supported(*args, **kwargs) is not None:
+                return autograd.apply(op, call)
+            check(op, call)
+            return by_torch.run(*args, **kwargs)
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.fluxc, op)(*args, **kwargs)
 

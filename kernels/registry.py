@@ -16,6 +16,7 @@ OPS = (
     "triangle_attention",
     "routed_attention",
     "router_pool",
+    "router",
     "grouped_mm",
     "kv_write",
     "decode_attention",
@@ -38,5 +39,5 @@ def is_defined(op: str) -> bool:
 
 
 def providers(op: str) -> tuple[Provider, ...]:
-    """Providers of an attention op, in order of preference."""
+    """Providers of an op, in order of preference."""
     return importlib.import_module(f"fluxc.kernels.{op}.op").providers()

@@ -67,7 +67,10 @@ class RowCall:
 
 
 def check(op: str, call: RowCall) -> None:
-    """Raise UserError, naming the op, the argument and the limit, if the call breaks the schema's rules."""
+    """Raise UserError, naming the op, the argument and the limit, if the call breaks the schema's rules.
+
+    The values of q_start and prompt_lens are read on the CPU only: on a device that would stall it.
+    """
     problem = _tensor_problem(call) or _shape_problem(call) or _option_problem(op, call) or _request_problem(call)
     if problem:
         raise UserError(f"fluxc::{op}: {problem}")
@@ -121,6 +124,8 @@ def _request_problem(call: RowCall) -> str | None:
 
 def _range_problem(call: RowCall) -> str | None:
     rows, keys = call.q.shape[2], call.k.shape[2]
+    if call.q.is_cuda:
+        return None
     if call.q_start is not None:
         low, high = int(call.q_start.min()), int(call.q_start.max())
         if low < 0 or high + rows > keys:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 def unavailable(x: Tensor) -> str | None:
     """Why no Triton kernel can run on the device of x, or None. The interpreter runs them on CPU tensors."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return "needs a CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
     return None

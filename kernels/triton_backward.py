@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fluxc.kernels import triton_config as config
 from fluxc.kernels.triton_config import BackwardTiles
-from fluxc.kernels.triton_launch import Call, flag, interpreted, shape_arguments
+from fluxc.kernels.triton_launch import Call, flag, input_precision, interpreted, shape_arguments
 from fluxc.kernels.triton_launch import unsupported as unsupported_forward
 from fluxc.kernels.triton_tiles import COUNTS, dense_rows, masked_tile, tile_ranges, whole_tile
 
@@ -223,7 +223,7 @@ def gradients(
     shared = {
         "D": width, "WIDTH": padded, "SPARSE": call.sparse, "HAS_ROUTE": call.route is not None,
         "HAS_PROMPT": call.prompt_lens is not None, "DECODE_FULL": call.decode_full,
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "PRECISION": input_precision(),
     }  # fmt: skip
     sizes = shape_arguments(q, k, call, tiles.dq_rows)
     dq_kernel[(sizes["n_tiles"] * sizes["batch_heads"],)](
@@ -240,7 +240,7 @@ def gradients(
 def _tiles(q: Tensor) -> BackwardTiles:
     if interpreted():
         return config.BACKWARD_INTERPRETED
-    if q.dtype == torch.float32:
-        return config.BACKWARD_FULL_PRECISION
     major, minor = torch.cuda.get_device_capability(q.device)
+    if q.dtype == torch.float32:
+        return config.backward_full_precision_for(10 * major + minor, q.shape[-1])
     return config.backward_for(10 * major + minor, q.shape[-1])

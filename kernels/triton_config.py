@@ -61,8 +61,18 @@ POINTER_90: dict[int, Tiles] = {
     128: Tiles("pointer", rows=128, keys=64, warps=8, stages=3),
     256: Tiles("pointer", rows=64, keys=64, warps=4, stages=2),
 }
-FULL_PRECISION = Tiles("pointer", rows=64, keys=32, warps=4, stages=1)
-"""fp32 operands, on every architecture: correct, not fast."""
+FULL_PRECISION: dict[tuple[int, int], Tiles] = {
+    (80, 64): Tiles("pointer", rows=64, keys=64, warps=4, stages=2),
+    (80, 128): Tiles("pointer", rows=64, keys=32, warps=4, stages=1),
+    (80, 256): Tiles("pointer", rows=32, keys=16, warps=4, stages=1),
+    (90, 64): Tiles("pointer", rows=128, keys=64, warps=8, stages=2),
+    (90, 128): Tiles("pointer", rows=64, keys=32, warps=4, stages=2),
+    (90, 256): Tiles("pointer", rows=64, keys=32, warps=8, stages=1),
+    (120, 64): Tiles("pointer", rows=64, keys=64, warps=4, stages=2),
+    (120, 128): Tiles("pointer", rows=64, keys=32, warps=4, stages=1),
+    (120, 256): Tiles("pointer", rows=32, keys=16, warps=4, stages=1),
+}
+"""fp32 operands, multiplied as TF32 or, at full precision, as three TF32 products."""
 INTERPRETED = Tiles("pointer", rows=16, keys=16, warps=4, stages=1)
 """The Triton interpreter: small tiles, so that short tests cross many tile edges."""
 
@@ -120,8 +130,31 @@ DECODE: dict[tuple[int, int], DecodeTiles] = {
     (120, 128): DecodeTiles(buffers=2, waves=1),
     (120, 256): DecodeTiles(buffers=1, waves=1),
 }
-BACKWARD_FULL_PRECISION = BackwardTiles(32, 32, 4, 1, 32, 32, 4, 1)
+BACKWARD_FULL_PRECISION: dict[tuple[int, int], BackwardTiles] = {
+    (80, 64): BackwardTiles(64, 32, 4, 1, 32, 32, 4, 1),
+    (80, 128): BackwardTiles(32, 32, 4, 1, 32, 32, 4, 1),
+    (80, 256): BackwardTiles(16, 16, 4, 1, 16, 16, 4, 1),
+}
 BACKWARD_INTERPRETED = BackwardTiles(16, 16, 4, 1, 16, 16, 4, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AppendTiles:
+    """Sizes of the append kernel: rows of a program, keys of a tile of the turn's own."""
+
+    rows: int = 64
+    keys: int = 64
+    warps: int = 4
+    stages: int = 2
+
+
+APPEND: dict[int, AppendTiles] = {
+    64: AppendTiles(),
+    128: AppendTiles(stages=1),
+    256: AppendTiles(rows=32, keys=32, stages=1),
+}
+"""By head dim; one choice for all architectures, since a turn is short beside its prompt."""
+APPEND_INTERPRETED = AppendTiles(16, 16)
 
 
 def padded(width: int) -> int:
@@ -134,9 +167,19 @@ def tiles_for(capability: int, width: int) -> Tiles:
     return _nearest(TILES, capability, width)
 
 
+def full_precision_for(capability: int, width: int) -> Tiles:
+    """The pinned entry for fp32 operands."""
+    return _nearest(FULL_PRECISION, capability, width)
+
+
 def backward_for(capability: int, width: int) -> BackwardTiles:
     """The pinned entry of the gradient kernels."""
     return _nearest(BACKWARD, capability, width)
+
+
+def backward_full_precision_for(capability: int, width: int) -> BackwardTiles:
+    """The pinned entry of the gradient kernels for fp32 operands."""
+    return _nearest(BACKWARD_FULL_PRECISION, capability, width)
 
 
 def decode_for(capability: int, width: int) -> DecodeTiles:
@@ -150,3 +193,8 @@ def _nearest(table: dict[tuple[int, int], T], capability: int, width: int) -> T:
     if not known:
         raise InternalError(f"no Triton tile sizes for heads of {width} on sm_{capability}")
     return table[max(known), dim]
+
+
+def append_for(interpreted: bool, width: int) -> AppendTiles:
+    """The sizes of the append kernel."""
+    return APPEND_INTERPRETED if interpreted else APPEND[max(64, padded(width))]

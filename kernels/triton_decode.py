@@ -15,6 +15,7 @@ from torch import Tensor
 from fluxc.kernels import triton_config as config
 from fluxc.kernels.schemas import PAGE
 from fluxc.kernels.triton_config import DecodeTiles
+from fluxc.kernels.triton_launch import input_precision
 
 LOG2E = 1.4426950408889634
 LOG2E_T = tl.constexpr(1.4426950408889634)
@@ -30,9 +31,12 @@ def _capped(s, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _pages(q, cache, table, length, first, stop, hk, kv_heads, scale, M: tl.constexpr, D: tl.constexpr,
+def _pages(q, cache, table, length, pages, first, stop, hk, kv_heads, scale, M: tl.constexpr, D: tl.constexpr,
            WIDTH: tl.constexpr, PAGE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Attention of a tile of queries over the pages [first, stop): output without division, maximum, sum."""
+    """Attention of a tile of queries over the pages [first, stop): output without division, maximum, sum.
+
+    A page past the cache is not read and makes the sum NaN.
+    """
     slot = tl.arange(0, PAGE)
     c = tl.arange(0, WIDTH)
     inside = slot[:, None] * D + c[None, :]
@@ -41,8 +45,10 @@ def _pages(q, cache, table, length, first, stop, hk, kv_heads, scale, M: tl.cons
     acc = tl.zeros([M, WIDTH], tl.float32)
     for page in tl.range(first, stop):
         valid = page * PAGE + slot < length
-        keep = valid[:, None] & (c < D)[None, :]
-        base = cache + (tl.load(table + page).to(tl.int64) * 2 * kv_heads + hk) * (PAGE * D)
+        number = tl.load(table + page)
+        known = (number >= 0) & (number < pages)
+        keep = (page * PAGE + slot < tl.where(known, length, 0))[:, None] & (c < D)[None, :]
+        base = cache + (number.to(tl.int64) * 2 * kv_heads + hk) * (PAGE * D)
         k = tl.load(base + inside, mask=keep, other=0.0)
         s = _capped(tl.dot(q, k.T, input_precision=PRECISION), scale, SOFTCAP)
         s = tl.where(valid[None, :], s, float("-inf"))
@@ -50,7 +56,7 @@ def _pages(q, cache, table, length, first, stop, hk, kv_heads, scale, M: tl.cons
         p = tl.exp2(s - m_new[:, None])
         alpha = tl.exp2(m - m_new)
         v = tl.load(base + kv_heads * (PAGE * D) + inside, mask=keep, other=0.0)
-        total = total * alpha + tl.sum(p, 1)
+        total = total * alpha + tl.sum(p, 1) + tl.where(known, 0.0, float("nan"))
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         m = m_new
     return acc, m, total
@@ -84,28 +90,30 @@ def _combine(parts, sums, sink_logits, out, SPLITS: tl.constexpr, S2: tl.constex
         tl.store(out + g * D + c, o.to(out.dtype.element_ty), mask=c < D)
 
 
-@triton.jit(do_not_specialize=("table_row",))
+@triton.jit(do_not_specialize=("table_row", "pages", "columns"))
 def decode_kernel(q, cache, table, lens, sink_logits, parts, sums, counters, out, q_batch, q_head, table_row,
-                  kv_heads, scale, SPLITS: tl.constexpr, S2: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-                  D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, SINK_LOGITS: tl.constexpr,
+                  kv_heads, pages, columns, scale, SPLITS: tl.constexpr, S2: tl.constexpr, G: tl.constexpr,
+                  M: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, SINK_LOGITS: tl.constexpr,
                   SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """q [B,H,D], cache [pages,2,Hk,PAGE,D], table i32[B,P], lens i32[B] -> out [B,H,D]; counters i32[B,Hk] zero.
 
     G: query heads of a key head, M the rows of their tile, S2 the power of two above SPLITS. `scale` includes log2(e).
+    A length past the table's columns, or a page past the cache's pages, is not read and gives NaN.
     """
     split = tl.program_id(0)
     hk = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     length = tl.load(lens + b)
-    n_pages = tl.cdiv(length, PAGE)
+    n_pages = tl.minimum(tl.cdiv(length, PAGE), columns)
     each = tl.cdiv(n_pages, SPLITS)
     g = tl.arange(0, M)
     c = tl.arange(0, WIDTH)
     seen = (g < G)[:, None] & (c < D)[None, :]
     b_q = tl.load(q + b * q_batch + (hk * G + g)[:, None] * q_head + c[None, :], mask=seen, other=0.0)
-    acc, m, total = _pages(b_q, cache, table + b * table_row, length, split * each,
+    acc, m, total = _pages(b_q, cache, table + b * table_row, length, pages, split * each,
                            tl.minimum((split + 1) * each, n_pages), hk, kv_heads, scale, M, D, WIDTH, PAGE, SOFTCAP,
                            PRECISION)  # fmt: skip
+    total += tl.where((length < 0) | (length > columns * PAGE), float("nan"), 0.0)
     row = b * kv_heads + hk
     parts += row * (SPLITS * G * D)
     sums += row * (SPLITS * 2 * G)
@@ -142,10 +150,11 @@ def decode_attention(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     decode_kernel[(splits, kv_heads, batch)](
         q, cache, page_table, lens, sink_logits, parts, sums, counters, out, q.stride(0), q.stride(1),
-        page_table.stride(0), kv_heads, scale * LOG2E, SPLITS=splits, S2=triton.next_power_of_2(splits),
+        page_table.stride(0), kv_heads, cache.shape[0], page_table.shape[1], scale * LOG2E, SPLITS=splits,
+        S2=triton.next_power_of_2(splits),
         G=group, M=max(16, triton.next_power_of_2(group)), D=width, WIDTH=padded, PAGE=PAGE,
         SINK_LOGITS=sink_logits is not None,
-        SOFTCAP=float(softcap), PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tiles.warps,
+        SOFTCAP=float(softcap), PRECISION=input_precision(), num_warps=tiles.warps,
         # The page number is loaded ahead of its page: Triton shares the stages between the two.
         num_stages=2 * tiles.buffers + 1,
     )  # fmt: skip
@@ -154,7 +163,7 @@ def decode_attention(
 
 def _tiles(q: Tensor) -> DecodeTiles:
     major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
-    return config.decode_for(10 * major + minor, q.shape[-1])
+    return config.decode_for(10 * major + minor, q.shape[-1] * q.element_size() // 2)
 
 
 def _splits(q: Tensor, page_table: Tensor, kv_heads: int, tiles: DecodeTiles) -> int:
@@ -173,6 +182,8 @@ def unsupported(q: Tensor, cache: Tensor, page_table: Tensor, lens: Tensor) -> s
         return f"the cache is not contiguous [pages, 2, Hk, {PAGE}, D]"
     if q.shape[-1] != cache.shape[-1] or q.shape[-1] > 256 or q.shape[1] % cache.shape[2]:
         return f"{q.shape[1]} heads of {q.shape[-1]} do not fit a cache of {cache.shape[2]} heads of {cache.shape[-1]}"
+    if q.shape[-1] * q.element_size() > 512:
+        return f"pages of {q.dtype} heads of {q.shape[-1]} do not fit the shared memory"
     if page_table.dtype != torch.int32 or lens.dtype != torch.int32 or page_table.stride(-1) != 1:
         return "page_table or lens is not i32, rows contiguous"
     if q.stride(-1) != 1:

@@ -105,11 +105,11 @@ def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Til
     """The pinned tile sizes for this call."""
     if not q.is_cuda:
         return config.INTERPRETED
-    if q.dtype == torch.float32:
-        return config.FULL_PRECISION
     major, minor = torch.cuda.get_device_capability(q.device)
     capability = 10 * major + minor
     width = max(q.shape[-1], v.shape[-1])
+    if q.dtype == torch.float32:
+        return config.full_precision_for(capability, width)
     tiles = config.tiles_for(capability, width)
     if tiles.loader == "gluon" and not_gluon(q, k, v, call):
         tiles = config.PLAIN_TMA[max(64, config.padded(width))]
@@ -134,6 +134,11 @@ def not_tma(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
         if x.data_ptr() % 16 or any(step <= 0 or step * x.element_size() % 16 for step in steps):
             return f"{name} is not aligned to 16 bytes"
     return None
+
+
+def input_precision() -> str:
+    """How fp32 operands are multiplied: as torch multiplies matrices, or with three TF32 products, 21 bits and more."""
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def flag(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -194,7 +199,7 @@ def _launch_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.
         call.scale * LOG2E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **sizes,
         D=q.shape[-1], DV=v.shape[-1], WIDTH=width, WIDTH_V=width_v, BM=tiles.rows, BN=tiles.keys,
         STAGES=tiles.stages, TMA=tiles.loader == "tma", LSE=lse is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **_options(call),
+        PRECISION=input_precision(), **_options(call),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 

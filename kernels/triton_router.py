@@ -67,20 +67,23 @@ def _sum_parts(scratch, columns, PARTS: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def pool_kernel(q, lens, scratch, counters, out, q_batch, q_head, q_row, heads, pool, LAST_ADDS: tl.constexpr,
-                PARTS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+def pool_kernel(q, lens, scratch, counters, out, q_batch, q_head, q_row, heads, rows, pool,
+                LAST_ADDS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+                WIDTH: tl.constexpr):  # fmt: skip
     """q [B,H,S,D] -> sums of the parts, scratch fp32 [B,PARTS,D].
 
     LAST_ADDS: the last program writes the mean, out fp32 [B,D], with counters i32[B] zero. Else counters i32[B,2] are
-    cleared for the kernel that follows.
+    cleared for the kernel that follows. A length outside 1..rows gives NaN: the host does not read it.
     """
     part = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     length = tl.load(lens + b).to(tl.int32)
+    inside = (length >= 1) & (length <= rows)
+    length = tl.minimum(tl.maximum(length, 1), rows)
     total = _pool_part(q, part, b, q_batch, q_head, q_row, heads, length, pool, PARTS, ROWS, D, WIDTH)
     c = tl.arange(0, WIDTH)
     mine = scratch + b * PARTS * D
-    tl.store(mine + part * D + c, total, mask=c < D)
+    tl.store(mine + part * D + c, tl.where(inside, total, float("nan")), mask=c < D)
     if LAST_ADDS:
         if _arrive(counters + b) == PARTS - 1:
             tl.debug_barrier()
@@ -178,11 +181,11 @@ def router_pool(q: Tensor, prompt_lens: Tensor, *, pool: int) -> Tensor:
 
 
 def _pool(q: Tensor, prompt_lens: Tensor, counters: Tensor, out: Tensor | None, pool: int, last_adds: bool) -> Tensor:
-    batch, heads, _, width = q.shape
+    batch, heads, rows, width = q.shape
     scratch = torch.empty(batch, POOL_PARTS, width, dtype=torch.float32, device=q.device)
     pool_kernel[(POOL_PARTS, batch)](
-        q, prompt_lens, scratch, counters, out, *q.stride()[:3], heads, pool, LAST_ADDS=last_adds, PARTS=POOL_PARTS,
-        ROWS=ROWS, D=width, WIDTH=triton.next_power_of_2(width), num_warps=8,
+        q, prompt_lens, scratch, counters, out, *q.stride()[:3], heads, rows, pool, LAST_ADDS=last_adds,
+        PARTS=POOL_PARTS, ROWS=ROWS, D=width, WIDTH=triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
     return scratch
 

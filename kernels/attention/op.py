@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fluxc.kernels.attention import triton_impl
 from fluxc.kernels.define import Provider, choose, define_attention, pieces_provider, triton_provider
 from fluxc.kernels.row_call import RowCall, RowOptions
 
 
 def define() -> None:
-    """Define torch.ops.fluxc.attention."""
-    define_attention("attention", row_call, run)
+    """Define torch.ops.fluxc.attention. SDPA's gradient is faster than ours."""
+    define_attention("attention", row_call, run, Provider("sdpa", _sdpa_unsupported, _sdpa))
 
 
 def row_call(
@@ -34,8 +36,9 @@ def row_call(
 
 
 def providers() -> tuple[Provider, ...]:
-    """In order of preference."""
-    return Provider("sdpa", _sdpa_supported, _sdpa), triton_provider("attention"), pieces_provider(row_call)
+    """In order of preference: our kernel where it was measured faster than SDPA, else SDPA, else whatever serves."""
+    triton = triton_provider("attention")
+    return Provider("sdpa", _sdpa_supported, _sdpa), triton, pieces_provider(row_call)
 
 
 def run(*args: Any, **kwargs: Any) -> Tensor:
@@ -44,8 +47,18 @@ def run(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _sdpa_supported(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> str | None:
+    if reason := _sdpa_unsupported(q, k, v, **kwargs):
+        return reason
+    if triton_impl.supported(q, k, v, **kwargs) is None and triton_impl.fastest(q, k, v, **kwargs):
+        return "our kernel is faster here"
+    return None
+
+
+def _sdpa_unsupported(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> str | None:
     if q.device.type == "cpu":
         return "on the CPU flash pieces are as fast and independent of the batch"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"SDPA has no flash kernel for {q.dtype}"
     if any(kwargs.get(name) for name in ("window", "softcap")):
         return "SDPA has no window or soft cap"
     if kwargs.get("sink_logits") is not None or kwargs.get("q_start") is not None:

@@ -28,6 +28,13 @@ def supported(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | None:
     return triton_launch.unsupported(q, k, v, _call(**options))
 
 
+def fastest(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> bool:
+    """Whether a supported call takes a kernel that was measured faster than SDPA: the Hopper kernel."""
+    from fluxc.kernels import triton_launch
+
+    return triton_launch.choose(q, k, v, _call(**options)).loader == "gluon"
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """The op's output [B,S,H,Dv]; the call must be supported."""
     from fluxc.kernels import triton_launch

@@ -6,19 +6,29 @@ import torch
 from torch import Tensor
 
 from fluxc.errors import UserError
+from fluxc.kernels.define import Provider, choose, triton_provider
 from fluxc.kernels.schemas import NAMESPACE, PAGE, SCHEMAS
 
 
 def define() -> None:
     """Define torch.ops.fluxc.kv_write."""
     name = f"{NAMESPACE}::kv_write"
-    op = torch.library.custom_op(name, _forward, mutates_args={"cache"}, schema=SCHEMAS["kv_write"])
+    op = torch.library.custom_op(name, run, mutates_args={"cache"}, schema=SCHEMAS["kv_write"])
     op.register_fake(lambda cache, k, v, slots: None)
 
 
-def _forward(cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+def providers() -> tuple[Provider, ...]:
+    """In order of preference."""
+    return triton_provider("kv_write"), Provider("torch", lambda *args: None, _indexed)
+
+
+def run(cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     """cache [pages,2,Hk,PAGE,D]; k, v [B,Hk,S,D]; slots i64[B,S], -1 drops the token."""
     _check(cache, k, v, slots)
+    choose("kv_write", providers(), cache, k, v, slots).run(cache, k, v, slots)
+
+
+def _indexed(cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     kept = slots >= 0
     at = slots[kept]
     page, offset = at // PAGE, at % PAGE
@@ -36,5 +46,7 @@ def _check(cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
             raise UserError(f"fluxc::kv_write: {name} must be {expected}, is {tuple(x.shape)}")
         if x.dtype != cache.dtype:
             raise UserError(f"fluxc::kv_write: {name} is {x.dtype}, the cache is {cache.dtype}")
+    if slots.is_cuda:
+        return  # reading the values would stall the device; its kernel writes no slot outside the cache
     if slots.numel() and (int(slots.max()) >= pages * PAGE or int(slots.min()) < -1):
         raise UserError(f"fluxc::kv_write: slots must lie in -1..{pages * PAGE - 1}")

@@ -1,7 +1,9 @@
 """`fluxc::routed_attention`: per request, full attention where its route says so, else the sparse kind.
 
-Exactly one branch runs for each request. Requests with the same route are computed by the very op of that route, so
-all routes full gives `attention` bit for bit.
+Exactly one branch runs for each request, and all routes full gives `attention` bit for bit:
+
+1. one kernel that reads the routes on the device, where the same kernel serves `attention`;
+2. else the host reads the routes, and requests with the same route are computed by the very op of that route.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from fluxc.errors import UserError
 from fluxc.kernels.attention import op as attention
-from fluxc.kernels.define import define_attention
+from fluxc.kernels.define import Provider, choose, define_attention, triton_provider
 from fluxc.kernels.row_call import RowCall, RowOptions
 from fluxc.kernels.streaming_attention import op as streaming_attention
 from fluxc.kernels.triangle_attention import op as triangle_attention
@@ -53,10 +55,32 @@ def row_call(
     return RowCall(q, k, v, options, route, prompt_lens, sink_logits=sink_logits)
 
 
-def run(
+def providers() -> tuple[Provider, ...]:
+    """In order of preference."""
+    by_flag = triton_provider("routed_attention")
+
+    def supported(q: Tensor, k: Tensor, v: Tensor, *requests: Tensor, **kwargs: Any) -> str | None:
+        if reason := by_flag.supported(q, k, v, *requests, **kwargs):
+            return reason
+        shared = {name: kwargs[name] for name in ("scale", "layer", "softcap", "sink_logits") if name in kwargs}
+        full = choose("attention", attention.providers(), q, k, v, **shared)
+        return None if full.name == by_flag.name else f"{full.name} serves attention, and all routes full must equal it"
+
+    return (
+        Provider(by_flag.name, supported, by_flag.run),
+        Provider("branches", lambda *args, **kwargs: None, _branches),
+    )
+
+
+def run(*args: Any, **kwargs: Any) -> Tensor:
+    """Output [B,S,H,Dv] by the first provider that takes the call."""
+    return choose("routed_attention", providers(), *args, **kwargs).run(*args, **kwargs)
+
+
+def _branches(
     q: Tensor, k: Tensor, v: Tensor, route: Tensor, prompt_lens: Tensor, *, scale: float, layer: int, **kwargs: Any
 ) -> Tensor:
-    """Output [B,S,H,Dv]; reads the routes on the host."""
+    """Each request by the op of its branch; reads the routes on the host."""
     call = row_call(q, k, v, route, prompt_lens, scale=scale, layer=layer, **kwargs)
     routes = route.tolist()
     if all(routes) or not any(routes):

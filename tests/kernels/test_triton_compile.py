@@ -118,6 +118,42 @@ def test_decode(width, arch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_full_precision(width, arch):
+    from fluxc.kernels.triton_backward import dkv_kernel, dq_kernel
+    from fluxc.kernels.triton_forward import attention_forward
+
+    tiles, back = config.full_precision_for(arch, width), config.backward_full_precision_for(arch, width)
+    fp32 = dict.fromkeys(("q", "k", "v", "out_ptr", "out", "grad", "dq", "dk", "dv"), "*fp32")
+    sizes = {"DV": width, "WIDTH": width, "WIDTH_V": width, "BM": tiles.rows, "BN": tiles.keys, "TMA": False}
+    constants = attention_constants(width, **sizes, STAGES=tiles.stages, PRECISION="tf32x3")
+    compiled(attention_forward, constants, arch, tiles.warps, tiles.stages, fp32)
+    constants = {"route_ptr": None, "prompt_ptr": None, "D": width, "WIDTH": width, "SPARSE": True}
+    constants |= {"HAS_ROUTE": False, "HAS_PROMPT": False, "DECODE_FULL": False, "PRECISION": "tf32x3"}
+    dq = {"BM": back.dq_rows, "BN": back.dq_keys, "STAGES": back.dq_stages}
+    compiled(dq_kernel, constants | dq, arch, back.dq_warps, back.dq_stages, fp32)
+    dkv = {"BM": back.dkv_rows, "BN": back.dkv_keys, "STAGES": back.dkv_stages}
+    compiled(dkv_kernel, constants | dkv, arch, back.dkv_warps, back.dkv_stages, fp32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("kind", "width"), [("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128)])
+def test_append_and_write(width, kind, arch):
+    from fluxc.kernels.triton_append import append_kernel
+    from fluxc.kernels.triton_kv import write_kernel
+
+    tiles = config.append_for(False, width)
+    types = dict.fromkeys(("q", "k", "v", "out", "cache"), f"*{kind}")
+    types |= dict.fromkeys(("starts", "sinks", "windows", "slots"), "*i64")
+    constants = {"D": width, "WIDTH": width, "BM": tiles.rows, "BN": tiles.keys, "PAGE": 64, "SINK_LOGITS": False}
+    constants |= {"SOFTCAP": 0.0, "PRECISION": "tf32x3", "sink_logits": None}
+    compiled(append_kernel, constants, arch, tiles.warps, tiles.stages, types)
+    compiled(write_kernel, {"D": width, "WIDTH": width, "HEADS": 8, "PAGE": 64}, arch, 4, types=types)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
 def test_router(arch):
     from fluxc.kernels.triton_router import PARTS, POOL_PARTS, ROWS, pool_kernel, router_kernel
 
