@@ -35,6 +35,9 @@ from fluxc.progress import Progress
 from fluxc.router import RouterSpec, router_name, with_routers
 from fluxc.weight_files import weights_digest
 
+COMPARED_AT = (0.5, 1.0)
+"""Shares of the budget at which sparse kinds are compared."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Calibrated:
@@ -135,9 +138,12 @@ class Calibration:
             return [Candidate(asked, None)]
         length = max(len(p) for p in prompts)
         settings = candidates(asked.sink, asked.window, length, asked.decode_full)
-        routes = best_layers(needs, [p.task for p in self.sets.measured], round(self.options.budget * len(self.layers)))
-        self.progress.start("comparing sparse kinds", len(settings) * len(prompts))
-        found = compare(program, self.layers, settings, forced(routes).to(self.device), prompts, self.progress.advance)
+        # At the budget the layers that stay full hide most of the difference; a plan serves smaller budgets too.
+        tasks = [p.task for p in self.sets.measured]
+        counts = [round(share * self.options.budget * len(self.layers)) for share in COMPARED_AT]
+        biases = [forced(best_layers(needs, tasks, count)).to(self.device) for count in counts]
+        self.progress.start("comparing sparse kinds", len(settings) * len(biases) * len(prompts))
+        found = compare(program, self.layers, settings, biases, prompts, self.progress.advance)
         self.progress.note("; ".join(f"{c.settings.kind} window {c.settings.window}: loss {c.loss:.3f}" for c in found))
         return found
 

@@ -50,12 +50,12 @@ def compare(
     program: ExportedProgram,
     layers: Sequence[int],
     options: Sequence[SparseSettings],
-    bias: Tensor,
+    biases: Sequence[Tensor],
     prompts: Sequence[TokenizedPrompt],
     advance: Callable[[], None] = lambda: None,
 ) -> list[Candidate]:
-    """Each kind on each prompt under the same bias [L]; the chosen one first (see `choose`)."""
-    losses = torch.stack([_losses(program, layers, each, bias, prompts, advance) for each in options])
+    """Each kind on each prompt under the same biases, each [L]; the chosen one first (see `choose`)."""
+    losses = torch.stack([_losses(program, layers, each, biases, prompts, advance) for each in options])
     order = choose(losses, [each.sink + each.window for each in options])
     return [Candidate(options[index], float(losses[index].mean())) for index in order]
 
@@ -99,13 +99,15 @@ def _losses(
     program: ExportedProgram,
     layers: Sequence[int],
     settings: SparseSettings,
-    bias: Tensor,
+    biases: Sequence[Tensor],
     prompts: Sequence[TokenizedPrompt],
     advance: Callable[[], None],
 ) -> Tensor:
+    """Mean over the biases, fp32 [N]."""
     module = runnable(with_settings(program, layers, settings))
-    losses = []
-    for prompt in prompts:
-        losses.append(run_prompt(module, prompt, bias).loss)
-        advance()
-    return torch.tensor(losses)
+    losses = torch.zeros(len(biases), len(prompts))
+    for column, prompt in enumerate(prompts):
+        for row, bias in enumerate(biases):
+            losses[row, column] = run_prompt(module, prompt, bias).loss
+            advance()
+    return losses.mean(0)

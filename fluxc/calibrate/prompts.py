@@ -109,7 +109,10 @@ def load_tokenizer(captured: Capture) -> Any:
     from transformers import AutoTokenizer
 
     if not captured.tokenizer_files:
-        raise DataError("the model has no tokenizer", hint="give one: transform(..., tokenizer=...)")
+        raise DataError(
+            "the model has no tokenizer",
+            hint="put its tokenizer.json into the model's folder, or call fluxc.transform(..., tokenizer=...)",
+        )
     with tempfile.TemporaryDirectory() as folder:
         for name, content in captured.tokenizer_files.items():
             (Path(folder) / name).write_bytes(content)
