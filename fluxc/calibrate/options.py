@@ -35,7 +35,7 @@ class Effort:
 
 EFFORTS = {
     "quick": Effort(
-        9, (0.5,), 36, 9, 3, 0, (16,), "one gradient point, 9 prompts measured and 9 held out, no leave-one-out"
+        9, (0.5,), 18, 9, 2, 0, (16,), "one gradient point, 9 prompts measured and 9 held out, no leave-one-out"
     ),
     "normal": Effort(13, (0.0, 0.5), 72, 27, 4, 1, (16,), "two gradient points, prompts of one length"),
     "thorough": Effort(45, (0.0, 0.5, 1.0), 180, 54, 12, 6, (16, 24, 32), "nothing"),
