@@ -19,6 +19,9 @@ from fluxc.router import RouterSpec
 SAFETY = 0.01
 """Taken off a budget when its threshold is sought, because held-out prompts scatter around the calibration ones."""
 
+FOLDS = 5
+"""Parts into which prompts are dealt where routers score prompts that they were not fitted to."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
@@ -47,43 +50,77 @@ def fit_routing(
         needs = torch.where(correction.isnan(), needs, correction)
     if pooled is None:
         pooled = measurements[0].pooled[:0]
-    routers = _fit(measurements, needs, tasks, pooled, pooled_tasks, spec, seed)
-    return Routing(routers, _curve(routers, measurements, tasks, pooled, pooled_tasks))
+    samples = _samples(measurements, needs, tasks, pooled, pooled_tasks)
+    options = FitOptions(seed=seed)
+    everything = torch.ones(len(samples.fold), dtype=torch.bool)
+    routers = samples.fit(everything, spec, options)
+    return Routing(routers, _curve(samples, spec, options, measurements, tasks, pooled, pooled_tasks))
 
 
-def _fit(
+@dataclasses.dataclass(frozen=True)
+class _Samples:
+    """What routers are fitted to, one row a prompt and point: features [N,L,D], targets [N,L], the task, the fold."""
+
+    features: Tensor
+    targets: Tensor
+    tasks: list[str]
+    fold: Tensor
+
+    def fit(self, chosen: Tensor, spec: RouterSpec, options: FitOptions) -> list[dict[str, Tensor]]:
+        """Routers fitted to the chosen rows, every task counting the same."""
+        weights = balanced_weights([task for task, use in zip(self.tasks, chosen.tolist(), strict=True) if use])
+        return fit_routers(self.features[chosen], self.targets[chosen], weights, spec, options)
+
+
+def _samples(
     measurements: Sequence[Measurement],
     needs: Tensor,
     tasks: list[str],
     pooled: Tensor,
     pooled_tasks: Sequence[str],
-    spec: RouterSpec,
-    seed: int,
-) -> list[dict[str, Tensor]]:
+) -> _Samples:
+    """All measured prompts at all points, and the further prompts whose task was measured."""
     means = task_targets(needs, tasks)
     known = [i for i, task in enumerate(pooled_tasks) if task in means and task != USER_TASK]
     points = len(measurements[0].points)
     at_points = [torch.stack([m.pooled[p] for m in measurements]) for p in range(points)]
-    features = torch.cat([*at_points, pooled[known]])
-    extra = [means[pooled_tasks[i]] for i in known]
-    targets = torch.cat([prompt_targets(needs, tasks).repeat(points, 1), *(row[None] for row in extra)])
-    weights = balanced_weights(tasks * points + [pooled_tasks[i] for i in known])
-    return fit_routers(features, targets, weights, spec, FitOptions(seed=seed))
+    extra = [means[pooled_tasks[i]][None] for i in known]
+    return _Samples(
+        features=torch.cat([*at_points, pooled[known]]),
+        targets=torch.cat([prompt_targets(needs, tasks).repeat(points, 1), *extra]),
+        tasks=tasks * points + [pooled_tasks[i] for i in known],
+        fold=torch.cat([_folds(len(tasks)).repeat(points), _folds(len(pooled_tasks))[known]]),
+    )
+
+
+def _folds(count: int) -> Tensor:
+    return torch.arange(count) % FOLDS
 
 
 def _curve(
-    routers: list[dict[str, Tensor]],
+    samples: _Samples,
+    spec: RouterSpec,
+    options: FitOptions,
     measurements: Sequence[Measurement],
     tasks: list[str],
     pooled: Tensor,
     pooled_tasks: Sequence[str],
 ) -> tuple[CurvePoint, ...]:
-    """Biases of the budget grid: minus the threshold, the same in every layer."""
+    """Biases of the budget grid: minus the threshold, the same in every layer.
+
+    Thresholds are found on scores of routers that were fitted without the prompt: on prompts they know, routers are
+    surer than on new ones, and small budgets would be missed.
+    """
     points = measurements[0].points
-    measured = torch.stack(
-        [scores_of(routers, torch.stack([m.pooled[p] for m in measurements])) for p in range(len(points))]
-    )
-    further = scores_of(routers, pooled)
+    at_points = torch.stack([torch.stack([m.pooled[p] for m in measurements]) for p in range(len(points))])
+    measured = torch.empty(at_points.shape[:3])
+    further = torch.empty(pooled.shape[:2])
+    for fold in range(FOLDS):
+        rest = samples.fold != fold
+        routers = samples.fit(rest if bool(rest.any()) else ~rest, spec, options)
+        mine, others = _folds(len(tasks)) == fold, _folds(len(pooled_tasks)) == fold
+        measured[:, mine] = torch.stack([scores_of(routers, at[mine]) for at in at_points])
+        further[others] = scores_of(routers, pooled[others])
     # Measured and further prompts have the same say: the first are few, but as long as real ones.
     weights = torch.cat([_share(tasks), _share(pooled_tasks)])
     thresholds = []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fluxc.calibrate.needs import Measurement
-from fluxc.data import USER_TASK, group_of
+from fluxc.data import TEXT, USER_TASK, group_of
 
 FLOOR = 1e-3
 """Nats of mean answer loss added to every need: differences below it are noise of first-order estimates."""
@@ -16,11 +16,11 @@ FLOOR = 1e-3
 GROUP_SHARE = 0.75
 """Weight of the mean over a group of tasks against the task's own mean, which rests on few prompts."""
 
-LEVEL_SHARE = 0.3
-"""How far the total need of a task is drawn to the largest one, in logarithms.
+TEXT_SHARE = 0.3
+"""How far the total need of a text is drawn to the largest one, in logarithms.
 
-Full attention has falling returns: a retrieval prompt's need is lost with its first few layers, and once these are
-full a text gains as much from the next layer. Without this, texts get too little of a large budget.
+The loss of a continuation is a mean over hundreds of tokens, of which few need far context; that of an answer is a mean
+over the few that do. Taken as they are, texts would get next to nothing until every retrieval layer is full.
 """
 
 PROMPT_SHARE = 0.5
@@ -53,11 +53,12 @@ def means_by(needs: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def task_targets(needs: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
-    """The need to expect of each task: its mean, drawn to that of its group, its total to the largest; fp32 [L]."""
+    """The need to expect of each task: its mean, drawn to the mean of its group, and raised for texts; fp32 [L]."""
     own, groups = means_by(needs, tasks), means_by(needs, [group_of(task) for task in tasks])
     found = {task: torch.lerp(own[task], groups[group_of(task)], GROUP_SHARE) + FLOOR for task in own}
     largest = max(float(need.sum()) for need in found.values())
-    return {task: need * (largest / float(need.sum())) ** LEVEL_SHARE for task, need in found.items()}
+    raised = {task: (largest / float(found[task].sum())) ** TEXT_SHARE for task in found if task in TEXT}
+    return {task: need * raised.get(task, 1.0) for task, need in found.items()}
 
 
 def prompt_targets(needs: Tensor, tasks: Sequence[str]) -> Tensor:

@@ -109,12 +109,13 @@ def test_targets_draw_tasks_to_their_group():
     assert prompt_targets(needs, ["needle", "kv", "prose"]).shape == (3, 1)
 
 
-def test_levels_are_drawn_together_and_profiles_stay():
-    needs = torch.tensor([[3.0, 1.0], [0.0, 0.02]])
-    targets = task_targets(needs, ["needle", "prose"])
-    largest, least = needs + FLOOR
+def test_texts_are_raised_and_keep_their_profile():
+    needs = torch.tensor([[3.0, 1.0], [0.0, 0.02], [0.0, 0.02]])
+    targets = task_targets(needs, ["needle", "prose", "local"])
+    largest, least = needs[0] + FLOOR, needs[1] + FLOOR
     assert float(targets["prose"].sum()) == pytest.approx(float(least.sum() ** 0.7 * largest.sum() ** 0.3))
     torch.testing.assert_close(targets["prose"] / targets["prose"].sum(), least / least.sum())
+    assert torch.equal(targets["local"], least)
 
 
 def test_user_prompts_keep_half_of_their_own_need():
