@@ -85,7 +85,7 @@ def define_attention(
     torch.library.register_fake(name, fake)
 
 
-def define_plain(op: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+def define_plain(op: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define torch.ops.fluxc.<op> without gradients, computed by `run`, with outputs as `fake` makes them."""
     name = f"{NAMESPACE}::{op}"
     torch.library.define(name, SCHEMAS[op], tags=(torch.Tag.pt2_compliant_tag,))

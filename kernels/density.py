@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fluxc.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KINDS = ("full", "streaming", "triangle")
 
@@ -21,6 +26,21 @@ def density(kind: str, S: int, sink: int = 0, window: int = 0, last: int = 0) ->
         return 1.0
     dense = min(last, S) if kind == "triangle" else 0
     pairs = _streaming_pairs(S - dense, sink + window) + _causal_pairs(S) - _causal_pairs(S - dense)
+    return pairs / _causal_pairs(S)
+
+
+def block_density(block_count: Tensor, S: int, block: int) -> float:
+    """Pairs seen over pairs of causal attention, averaged over heads and requests: in (0, 1].
+
+    block_count i32[...,Sb]: key blocks of `block` tokens that each block of queries reads, its own among them, for a
+    prompt of S tokens; as `fluxc::block_scores` gives them. Reads the counts on the host.
+    """
+    blocks = -(-S // block)
+    if block_count.shape[-1] != blocks:
+        raise UserError(f"block_density: {block_count.shape[-1]} blocks counted, {S} tokens have {blocks} of {block}")
+    mean = block_count.double().flatten(0, -2).mean(0).tolist()
+    rows = [min(block, S - n * block) for n in range(blocks)]
+    pairs = sum((count - 1) * block * row + _causal_pairs(row) for count, row in zip(mean, rows, strict=True))
     return pairs / _causal_pairs(S)
 
 

@@ -14,6 +14,8 @@ OPS = (
     "attention",
     "streaming_attention",
     "triangle_attention",
+    "block_scores",
+    "block_attention",
     "routed_attention",
     "router_pool",
     "router",

@@ -71,9 +71,13 @@ def check(op: str, call: RowCall) -> None:
 
     The values of q_start and prompt_lens are read on the CPU only: on a device that would stall it.
     """
-    problem = _tensor_problem(call) or _shape_problem(call) or _option_problem(op, call) or _request_problem(call)
-    if problem:
-        raise UserError(f"fluxc::{op}: {problem}")
+    if wrong := problem(op, call):
+        raise UserError(f"fluxc::{op}: {wrong}")
+
+
+def problem(op: str, call: RowCall) -> str | None:
+    """What breaks the schema's rules, naming the argument and the limit, or None."""
+    return _tensor_problem(call) or _shape_problem(call) or _option_problem(op, call) or _request_problem(call)
 
 
 def _tensor_problem(call: RowCall) -> str | None:

@@ -41,14 +41,22 @@ SCHEMAS: dict[str, str] = {
         "(Tensor q, Tensor k, Tensor v, Tensor prompt_lens, *, float scale, int layer, int sink, int window, "
         f"int last, bool decode_full=False, {_TAIL}) -> Tensor"
     ),
-    # block_index i32[B,H,Sb,M], block_count i32[B,H,Sb]: key blocks of `block` tokens each query block reads.
+    # block_index i32[B,H,Sb,M], block_count i32[B,H,Sb]: the key blocks of `block` tokens that the rows of each block
+    # of queries read, causally: ascending, none after the rows' own block. Rows that see no key are 0. block is a power
+    # of two, at least 16.
     "block_attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor block_index, Tensor block_count, *, float scale, int layer, "
         f"int block, {_TAIL}) -> Tensor"
     ),
-    # Antidiagonal block scores (XAttention): -> block_index i32[B,H,Sb,Sb], block_count i32[B,H,Sb].
+    # Which key blocks matter: -> block_index i32[B,H,Sb,Sb] (entries past the count mean nothing), block_count
+    # i32[B,H,Sb]. Queries and keys are taken `stride` tokens at a time; the score of two such chunks is the mean of
+    # q . k over their antidiagonal (scorer "antidiagonal", XAttention) or over all pairs ("pooled"), times scale. Each
+    # chunk of queries gets a softmax over the chunks of keys up to its own, summed over a block. A block of queries
+    # keeps its largest sums, as few as reach `threshold` of the total, and always the first block and its own. Tokens
+    # past the end count as zeros. stride divides block.
     "block_scores": (
-        "(Tensor q, Tensor k, *, float scale, int layer, int block, int stride, float threshold) -> (Tensor, Tensor)"
+        "(Tensor q, Tensor k, *, float scale, int layer, int block, int stride, float threshold, "
+        'str scorer="antidiagonal") -> (Tensor, Tensor)'
     ),
     # route bool[B]: True is `attention`, False the sparse kind with its sizes. kind: "streaming" | "triangle".
     "routed_attention": (

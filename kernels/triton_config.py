@@ -138,6 +138,12 @@ BACKWARD_FULL_PRECISION: dict[tuple[int, int], BackwardTiles] = {
 BACKWARD_INTERPRETED = BackwardTiles(16, 16, 4, 1, 16, 16, 4, 1)
 
 
+SCORE_CHUNKS = 64
+"""Chunks of a block that a tile of block scores always holds."""
+SHARED_BYTES = {80: 160 << 10, 86: 96 << 10, 89: 96 << 10, 90: 220 << 10, 100: 220 << 10, 120: 96 << 10}
+"""Shared memory of a program, a little below the architecture's limit."""
+
+
 @dataclasses.dataclass(frozen=True)
 class AppendTiles:
     """Sizes of the append kernel: rows of a program, keys of a tile of the turn's own."""
@@ -198,3 +204,10 @@ def _nearest(table: dict[tuple[int, int], T], capability: int, width: int) -> T:
 def append_for(interpreted: bool, width: int) -> AppendTiles:
     """The sizes of the append kernel."""
     return APPEND_INTERPRETED if interpreted else APPEND[max(64, padded(width))]
+
+
+def scores_for(capability: int, row_bytes: int) -> tuple[int, int]:
+    """Chunks of a tile of block scores, and tiles in flight, for queries and keys of `row_bytes`."""
+    room = SHARED_BYTES[max(arch for arch in SHARED_BYTES if arch <= capability)]
+    tile = 128 if 4 * 128 * row_bytes <= room else 64
+    return tile, max(1, min(3, room // (2 * tile * row_bytes)))

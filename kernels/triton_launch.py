@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -167,6 +167,16 @@ def shape_arguments(q: torch.Tensor, k: torch.Tensor, call: Call, tile_rows: int
     }
 
 
+def descriptors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: int, keys: int) -> tuple[Any, ...]:
+    """TMA descriptors of q, k and v for tiles of `rows` and `keys` of one head."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    tiles = ((q, rows), (k, keys), (v, keys))
+    return tuple(
+        TensorDescriptor(x, list(x.shape), _strides(x), [1, 1, n, config.padded(x.shape[-1])]) for x, n in tiles
+    )
+
+
 def _options(call: Call) -> dict[str, object]:
     return {
         "SPARSE": call.sparse,
@@ -185,14 +195,7 @@ def _launch_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.
                   lse: torch.Tensor | None, call: Call, tiles: Tiles) -> None:  # fmt: skip
     sizes = shape_arguments(q, k, call, tiles.rows)
     width, width_v = config.padded(q.shape[-1]), config.padded(v.shape[-1])
-    operands = [q, k, v]
-    if tiles.loader == "tma":
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        blocks = [[1, 1, tiles.rows, width], [1, 1, tiles.keys, width], [1, 1, tiles.keys, width_v]]
-        operands = [
-            TensorDescriptor(x, list(x.shape), _strides(x), block) for x, block in zip(operands, blocks, strict=True)
-        ]
+    operands = descriptors(q, k, v, tiles.rows, tiles.keys) if tiles.loader == "tma" else (q, k, v)
     grid = (sizes["n_tiles"] * sizes["batch_heads"],)
     attention_forward[grid](
         *operands, out, call.sink_logits, flag(call.route), call.prompt_lens, call.q_start, lse,

@@ -154,6 +154,29 @@ def test_append_and_write(width, kind, arch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("kind", "width"), [("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 128)])
+def test_blocks(width, kind, arch):
+    from fluxc.kernels.triton_block import block_kernel
+    from fluxc.kernels.triton_scores import keep_kernel, sums_kernel
+
+    tiles = config.full_precision_for(arch, width) if kind == "fp32" else config.tiles_for(arch, width)
+    tiles = config.PLAIN_TMA[width] if tiles.loader == "gluon" else tiles
+    tma, m, n = tiles.loader == "tma", min(128, tiles.rows), min(128, tiles.keys)
+    types = dict.fromkeys(("q", "k", "v", "out_ptr"), f"*{kind}") | dict.fromkeys(("index_ptr", "count_ptr"), "*i32")
+    types |= {x: f"tensordesc<bf16[1, 1, {r}, {width}]>" for x, r in (("q", m), ("k", n), ("v", n))} if tma else {}
+    constants = {"D": width, "DV": width, "WIDTH": width, "WIDTH_V": width, "BLOCK": 128, "BM": m, "BN": n, "TMA": tma}
+    constants |= {"SINK_LOGITS": False, "SOFTCAP": 0.0, "sink_logits_ptr": None, "STAGES": tiles.stages}
+    constants |= {"PRECISION": "tf32x3"}
+    compiled(block_kernel, constants, arch, tiles.warps, tiles.stages, types)
+    tile, stages = config.scores_for(arch, width * (8 if kind == "fp32" else 2))
+    types = {"q": f"*{kind}", "k": f"*{kind}", "sums": "*fp32", "index": "*i32", "count": "*i32", "threshold": "fp32"}
+    constants = {"D": width, "WIDTH": width, "STRIDE": 16, "PER": 8, "BM": tile, "BN": tile, "PRECISION": "tf32x3"}
+    compiled(sums_kernel, constants, arch, 8 if tile >= 128 else 4, stages, types)
+    compiled(keep_kernel, {"PADDED": 1024}, arch, 4, types=types)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
 def test_router(arch):
     from fluxc.kernels.triton_router import PARTS, POOL_PARTS, ROWS, pool_kernel, router_kernel
 
