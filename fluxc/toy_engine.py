@@ -12,11 +12,14 @@ from fluxc.engine.programs import LayerKV, Prefilled
 from fluxc.engine.shapes import LayerShape
 from fluxc.model_info import AttentionInfo, ModelInfo
 from fluxc.plan import CurvePoint, LayerPlan, Plan
+from fluxc.runtime.model import FluxModel
 
 HEADS = 2
 KV_HEADS = 1
 HEAD_DIM = 4
 CONTEXT = 512
+TIE = 1e-3
+"""Logits that are closer than this may change places in fp32 (DESIGN section 7)."""
 Ring = tuple[int, int]
 
 
@@ -45,6 +48,30 @@ def shapes_of(plan: Plan) -> tuple[LayerShape, ...]:
         LayerShape(a.layer, a.routable, rows.get(a.layer), a.kv_heads, a.key_dim, a.window)
         for a in plan.model.attentions
     )
+
+
+def transformers_tokens(source: Any, prompt: list[int], count: int, **options: Any) -> list[int]:
+    """The greedy answer of a transformers model."""
+    options = {"do_sample": False, "pad_token_id": 0, **options}
+    out = source.generate(torch.tensor([prompt]), max_new_tokens=count, **options)
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
+
+
+def assert_recomputed(
+    model: FluxModel, tokens: Sequence[int], prompt: int, routes: Sequence[bool], answered: int
+) -> None:
+    """The last `answered` of `tokens` are the greedy ones by full recomputation; the first `prompt` chose the routes.
+
+    Where the two largest logits are closer than TIE, either will do.
+    """
+    rows = torch.arange(len(tokens) - answered - 1, len(tokens) - 1)
+    options: dict[str, Any] = {"routes": routes, "program": "routed", "logits_at": rows[None]}
+    again = model.prefill([list(tokens)], prompt_lens=[prompt], **options)
+    best = again.logits[0].topk(2)
+    ties = best.values[:, 0] - best.values[:, 1] < TIE
+    found = torch.tensor(tokens[-answered:])
+    assert bool(((found == best.indices[:, 0]) | ties & (found == best.indices[:, 1])).all())
 
 
 class ToyPrograms:
@@ -100,7 +127,7 @@ class ToyPrograms:
                 full = dense or bool(scores[-1] + route_bias[shape.row, 0] > 0)
                 routes.append(full)
             hidden = self._mix(hidden, _attend(q, k, v, self._mask(shape, full, tokens, prompt)))
-            yield LayerKV(index, k, v, None if shape.row is None else full)
+            yield LayerKV(index, k, v, None if shape.row is None or dense else full)
         last = (hidden @ self.head)[:, logits_at[0]]
         yield Prefilled(last, torch.tensor(routes), None if dense else torch.stack(scores))
 

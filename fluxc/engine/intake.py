@@ -112,5 +112,8 @@ class Intake:
         """Tokens that fit behind `tokens`; raises DataError where there is no room for one."""
         context = self.programs.context or sys.maxsize
         if tokens >= context:
-            raise DataError(f"a prompt of {tokens} tokens leaves no room for an answer in a context of {context}")
+            raise DataError(
+                f"a prompt of {tokens} tokens leaves no room for an answer in a context of {context}",
+                hint=f"shorten it to less than {context} tokens",
+            )
         return context - tokens

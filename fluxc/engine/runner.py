@@ -80,7 +80,7 @@ class Runner:
     def _keep(self, sequence: TokenSequence, item: LayerKV, room: Room) -> bool:
         """Write what survives of one layer's prefill into pages of its own; False where there is no room."""
         shape, holding = self.programs.layers[item.index], held(sequence)
-        routes = {} if shape.row is None else {shape.row: bool(item.route)}
+        routes = {} if shape.row is None else {shape.row: item.route is None or item.route}
         one = Geometry(*torch.tensor([ring(shape, self.plan, routes)]).unbind(1))
         lens = torch.zeros_like(holding.counts)
         lens[item.index] = one.lens(len(sequence.tokens))[0]

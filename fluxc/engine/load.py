@@ -1,0 +1,71 @@
+"""`fluxc.load`: an engine from a model.flux directory."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fluxc.engine.engine import Engine
+from fluxc.engine.options import EngineOptions
+from fluxc.engine.traced import TracedPrograms
+from fluxc.errors import OptionError, PlanError
+from fluxc.flux_dir import FluxDir, open_flux
+from fluxc.passes.apply_plan import ApplyPlan
+from fluxc.plan import Plan
+from fluxc.runtime import crossover
+from fluxc.runtime.model import FluxModel
+
+
+def load(
+    path: str | Path,
+    device: str | None = None,
+    *,
+    plan: str | Path | Plan | None = None,
+    verify_weights: bool = True,
+    **options: Any,
+) -> Engine:
+    """An engine that runs the model.flux directory `path` on `device` (a GPU if there is one, else the CPU).
+
+    `plan`: another plan of the same model, or its file. `verify_weights`: check the hashes of the weights too.
+    `options`: see EngineOptions.
+
+    Raises ArchiveError, naming the file, for a directory that is damaged; PlanError for a plan of another model;
+    OptionError for a device that is not here, or unknown options; UnsupportedAttentionError for a model whose layers
+    one cache cannot hold.
+    """
+    return engine_of(FluxModel(open_flux(path, verify_weights), _device(device)), plan=plan, **options)
+
+
+def engine_of(model: FluxModel, *, plan: str | Path | Plan | None = None, **options: Any) -> Engine:
+    """The engine of an opened model; both share the weights."""
+    settings = EngineOptions.from_dict(options)
+    chosen = _plan(model.flux, plan)
+    return Engine(
+        TracedPrograms(model.routed_program, context=chosen.model.context),
+        chosen,
+        tokenizer=model.tokenizer if model.has_tokenizer else None,
+        eos_ids=[int(token) for token in model.meta.get("eos_ids", [])],
+        crossover=functools.cache(
+            lambda budget: crossover.of_plan(model.flux.device_file, chosen, budget, model.device)
+        ),
+        options=settings,
+    )
+
+
+def _plan(flux: FluxDir, plan: str | Path | Plan | None) -> Plan:
+    if plan is None:
+        return flux.plan
+    other = plan if isinstance(plan, Plan) else Plan.load(plan)
+    other.check_model(flux.plan.model)
+    if other.pool != flux.plan.pool or ApplyPlan.of(other) != ApplyPlan.of(flux.plan):
+        raise PlanError(f"the plan has other kinds or sizes than the graph in {flux.path}", hint="transform it again")
+    return other
+
+
+def _device(device: str | None) -> str:
+    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"device {device}: torch sees no CUDA device", hint="`fluxc doctor` says why")
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
