@@ -58,7 +58,8 @@ def _from_path(model: str | Path, tokenizer: Any, progress: Progress) -> Capture
     progress.start("loading weights")
     loaded = sources.load_model(location)
     progress.start("loading the tokenizer")
-    return _capture_model(loaded, location.name, tokenizer or sources.load_tokenizer(location), progress)
+    tokenizer = tokenizer or sources.load_tokenizer(location, progress.note)
+    return _capture_model(loaded, location.name, tokenizer, progress)
 
 
 def _from_module(model: Any, tokenizer: Any, sample_inputs: tuple[Any, ...] | None, progress: Progress) -> Capture:

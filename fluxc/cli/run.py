@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fluxc.runtime.model import FluxModel
 
 SCORES_A_LINE = 10
+_PROMPT_FILE = "name a text file, or - for standard input"
 FORCED = {"full": True, "sparse": False}
 
 
@@ -84,9 +85,11 @@ def _prompt(prompt: str | None, prompt_file: str | None) -> str:
         with click.open_file(str(prompt_file), encoding="utf-8") as file:
             return file.read()
     except FileNotFoundError as cause:
-        raise DataError(f"the prompt file {prompt_file} does not exist") from cause
-    except (OSError, UnicodeDecodeError) as cause:
-        raise DataError(f"the prompt file {prompt_file} cannot be read: {cause}") from cause
+        raise DataError(f"the prompt file {prompt_file} does not exist", hint=_PROMPT_FILE) from cause
+    except OSError as cause:
+        raise DataError(f"the prompt file {prompt_file} cannot be read: {cause.strerror}", hint=_PROMPT_FILE) from cause
+    except UnicodeDecodeError as cause:
+        raise DataError(f"the prompt file {prompt_file} is not UTF-8 text", hint="save it as UTF-8") from cause
 
 
 def _load(screen: Screen, flux: Path, device: str | None) -> FluxModel:

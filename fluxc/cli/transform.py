@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 @click.option(
     "--pool", type=int, default=100, show_default=True, help="First and last prompt tokens that the routers read."
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, metavar="INTEGER", show_default=True)
 @click.option("--prompts", type=click.Path(path_type=Path), help="Your prompts: JSONL with prompt, answer, task.")
 @click.option("--dump-dir", type=click.Path(path_type=Path), help="Write the program after each pass there.")
 @click.option("--link", is_flag=True, help="Do not copy the weights: refer to the files of the folder MODEL by hash.")

@@ -51,4 +51,4 @@ class Dump:
             self._folder.mkdir(parents=True, exist_ok=True)
             path.write_text(program_text(program))
         except OSError as error:
-            raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
+            raise StorageError(f"{path} cannot be written: {error.strerror or error}", hint="name a folder") from error

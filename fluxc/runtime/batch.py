@@ -69,7 +69,7 @@ def _rows(input_ids: Ids) -> list[list[int]]:
     values: list[Any] = input_ids.tolist() if isinstance(input_ids, Tensor) else list(input_ids)
     rows = values if values and not isinstance(values[0], int) else [values]
     if not rows or any(len(row) == 0 for row in rows):
-        raise DataError("a prompt has no tokens")
+        raise DataError("a prompt has no tokens", hint="give at least one")
     return [list(row) for row in rows]
 
 

@@ -89,7 +89,10 @@ def _room(model: FluxModel, prompt_tokens: int) -> int:
     """Tokens that fit after the prompt; raises DataError where there is no room for one."""
     context = model.plan.model.context or sys.maxsize
     if prompt_tokens >= context:
-        raise DataError(f"a prompt of {prompt_tokens} tokens leaves no room for an answer in a context of {context}")
+        raise DataError(
+            f"a prompt of {prompt_tokens} tokens leaves no room for an answer in a context of {context}",
+            hint=f"shorten it to less than {context} tokens",
+        )
     return context - prompt_tokens
 
 

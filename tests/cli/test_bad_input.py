@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -111,6 +113,62 @@ def test_a_hostile_archive(refuse: Refuse, work: Path, program: bytes) -> None:
 def test_a_folder_that_is_no_model(refuse: Refuse, work: Path) -> None:
     (work / "photos").mkdir()
     assert refuse("capture", "photos").startswith("photos is a directory without config.json, so no model")
+
+
+def test_a_folder_that_was_transformed_already(refuse: Refuse, work: Path) -> None:
+    (work / "made.flux").mkdir()
+    (work / "made.flux/manifest.json").write_text("{}")
+    assert refuse("transform", "made.flux", "-o", "again.flux") == (
+        "made.flux was transformed already; `fluxc calibrate made.flux --budget 0.3` gives it another budget"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_size": "x"}, "hidden_size"),
+        ({"num_attention_heads": 0}, "zero"),
+        ({"vocab_size": 7}, "other shapes than its config says"),
+    ],
+)
+def test_a_folder_with_a_wrong_config(
+    refuse: Refuse, work: Path, model: Path, change: dict[str, object], said: str
+) -> None:
+    shutil.copytree(model, "damaged")
+    config = json.loads((work / "damaged/config.json").read_text())
+    (work / "damaged/config.json").write_text(json.dumps(config | change))
+    damaged(refuse, said)
+
+
+def test_a_folder_with_damaged_files(refuse: Refuse, work: Path, model: Path) -> None:
+    shutil.copytree(model, "damaged")
+    weights = work / "damaged/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    damaged(refuse, "metadata")
+    (work / "damaged/config.json").write_text("{")
+    damaged(refuse, "JSON")
+
+
+def damaged(refuse: Refuse, said: str) -> None:
+    text = refuse("capture", "damaged")
+    assert text.startswith("damaged cannot be loaded: ")
+    assert said in text
+    assert text.endswith("; are its files whole, and does this version of transformers know it?")
+
+
+def test_a_truncated_gguf_file(refuse: Refuse, work: Path) -> None:
+    pytest.importorskip("gguf")
+    (work / "m.gguf").write_bytes(b"GGUF\x03")
+    assert refuse("capture", "m.gguf").startswith("m.gguf cannot be loaded: ")
+
+
+def test_a_folder_without_a_tokenizer(
+    refuse: Refuse, work: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model, "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    assert refuse("transform", "bare", "-q").startswith("the model has no tokenizer; put its tokenizer.json into")
+    assert main(["capture", "bare"]) == 0
+    assert "without a tokenizer, which `fluxc transform` needs: " in capsys.readouterr().err
 
 
 def test_an_encoder(refuse: Refuse, work: Path) -> None:
