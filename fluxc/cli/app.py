@@ -26,6 +26,7 @@ COMMANDS = {
     "transform": "fluxc.cli.transform",
     "calibrate": "fluxc.cli.calibrate",
     "run": "fluxc.cli.run",
+    "bench": "fluxc.cli.bench",
 }
 
 INTERRUPTED = 130

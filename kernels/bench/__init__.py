@@ -1,1 +1,1 @@
-"""Measures the kernels on a GPU against what a user would pick instead. `python -m fluxc.kernels.bench`."""
+"""Measures the kernels against what a user would pick instead: `fluxc bench kernels`."""

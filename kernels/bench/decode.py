@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fluxc.kernels.bench.cases import Shape
-from fluxc.kernels.bench.measure import clocks, graphed, interleaved
+from fluxc.kernels.bench.measure import clocks, copy_tbps, graphed, interleaved
 from fluxc.kernels.bench.operands import TOLERANCE
 from fluxc.kernels.schemas import PAGE
 from fluxc.kernels.triton_config import DecodeTiles, decode_for
@@ -49,7 +49,8 @@ def step(batch: int, length: int, shape: Shape) -> Step:
 
 
 def measure(shape: Shape, variants: bool) -> Iterator[dict[str, Any]]:
-    """One row per size and contender: microseconds a call, and bytes of the cache over that time."""
+    """One row per size and contender: time of a call, bytes of the cache over it, and that as a share of copy speed."""
+    copy = copy_tbps()
     for batch, length in SIZES:
         size = 4 * batch * length * shape.kv_heads * shape.width
         steps = [step(batch, length, shape) for _ in range(max(2, min(12, CACHES_BYTES // size)))]
@@ -63,7 +64,7 @@ def measure(shape: Shape, variants: bool) -> Iterator[dict[str, Any]]:
             row |= {"dtype": str(DTYPE), "error": error, "clocks": clocks(), "ms": None}
             if name in times:
                 ms = times[name].median / REPEATS
-                row |= {"ms": ms, "tbps": size / ms / 1e9}
+                row |= {"ms": ms, "tbps": size / ms / 1e9, "of_ideal": size / ms / 1e9 / copy}
             yield row
         del steps, graphs
         torch.cuda.empty_cache()

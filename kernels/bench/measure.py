@@ -7,6 +7,7 @@ import datetime
 import random
 import statistics
 import subprocess
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,26 @@ def clocks() -> str:
     """What nvidia-smi reads now, in the order of CLOCKS."""
     query = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def copy_tbps() -> float:
+    """Terabytes a second that a copy on the device reads and writes: what `share of copy` is a share of."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    milliseconds = statistics.median(batch(lambda _: target.copy_(source), [None], 20))
+    return 2 * source.numel() / milliseconds / 1e9
+
+
+def host_microseconds(run: Callable[[Any], Any], inputs: list[Any], calls: int = 100) -> float:
+    """What one call keeps the host busy for, while the device lags behind."""
+    torch.cuda.synchronize()
+    torch.cuda._sleep(50 * HEAD_START)
+    begin = time.perf_counter()
+    for n in range(calls):
+        run(inputs[n % len(inputs)])
+    taken = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return taken / calls * 1e6
 
 
 def conditions() -> dict[str, str]:

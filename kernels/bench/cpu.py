@@ -1,4 +1,4 @@
-"""Time the CPU attention ops against causal SDPA: `python -m fluxc.kernels.bench_cpu`.
+"""The CPU ops against causal SDPA, and decode over pages against SDPA over a contiguous cache.
 
 All contenders of a case run in turn, round after round, so that a busy machine slows all of them alike; the ratio is
 the median over rounds of dense time / op time. `ideal` is 1 / density. Nothing is timed before every op agreed with its
@@ -7,24 +7,23 @@ dense reference.
 
 from __future__ import annotations
 
-import json
+import functools
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from fluxc import kernels
 from fluxc.errors import InternalError
+from fluxc.kernels.paged import gather
+from fluxc.kernels.schemas import PAGE
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 CHECK_LENGTH = 700
@@ -58,28 +57,63 @@ class Row:
 CASES = (Case(9, 3, 64, 64, 1024), Case(8, 8, 128, 64, 512), Case(32, 8, 128, 128, 2048))
 
 
-@click.command()
-@click.option("--length", "lengths", type=int, multiple=True, default=(1024, 2048, 4096, 8192), help="Tokens.")
-@click.option("--rounds", default=7, help="Times each contender runs.")
-@click.option("--threads", default=0, help="Torch threads; 0 leaves torch's choice.")
-@click.option("--dtype", default="float32", type=click.Choice(["float32", "bfloat16", "float16"]))
-@click.option("--clock", default="wall", type=click.Choice(list(CLOCKS)), help="cpu: time of this process only.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Where the raw numbers go.")
-def main(lengths: tuple[int, ...], rounds: int, threads: int, dtype: str, clock: str, out: Path | None) -> None:
-    """Time attention, streaming_attention and triangle_attention against causal SDPA."""
+def prefill(lengths: Sequence[int], rounds: int, clock: str, dtype: str = "float32") -> Iterator[dict[str, Any]]:
+    """Rows of attention, streaming_attention and triangle_attention against causal SDPA."""
     kernels.register()
-    if threads:
-        torch.set_num_threads(threads)
     kind = getattr(torch, dtype)
-    rows = []
     for case in CASES:
         check(case, kind)
         for S in lengths:
-            rows += list(measure(case, S, kind, rounds, CLOCKS[clock]))
-    Console(width=110).print(table(rows, f"{dtype}, {torch.get_num_threads()} threads, {clock} clock, batch 1"))
-    if out:
-        measured = {"conditions": conditions(dtype, clock, rounds), "rows": list(map(asdict, rows))}
-        out.write_text(json.dumps(measured, indent=1) + "\n")
+            for row in measure(case, S, kind, rounds, CLOCKS[clock]):
+                sizes = {"shape": f"{case.H}/{case.Hk} x {case.D}", "sink": case.sink, "window": case.window}
+                found = {"op": row.op.replace("sdpa", "attention"), "by": "SDPA" if row.op == "sdpa" else "ours"}
+                found |= {"length": S, **sizes, "dtype": dtype, "ms": row.milliseconds, "speedup": row.ratio}
+                yield found | {"of_ideal": row.ratio / row.ideal}
+
+
+@torch.no_grad()
+def decode(lengths: Sequence[int], rounds: int, clock: str) -> Iterator[dict[str, Any]]:
+    """Rows of decode_attention over shuffled pages against SDPA over a contiguous cache of the same length, fp32."""
+    kernels.register()
+    for case in CASES:
+        for length in lengths:
+            steps = [_step(case, length, seed) for seed in range(4)]
+            runs = {"SDPA, contiguous": _contiguous, "ours, paged": functools.partial(_paged, case)}
+            wanted = [run(steps[0]) for run in runs.values()]
+            if not torch.allclose(*wanted, rtol=1e-4, atol=1e-5):
+                raise InternalError("decode_attention and SDPA disagree: no times are shown")
+            times: dict[str, list[float]] = {name: [] for name in runs}
+            for n in range(rounds * 8 + 4):
+                for name, run in runs.items():
+                    begin = CLOCKS[clock]()
+                    run(steps[n % 4])
+                    times[name].append(CLOCKS[clock]() - begin)
+            for name, taken in times.items():
+                row = {"op": "decode_attention", "by": name, "length": length, "dtype": "float32"}
+                yield row | {"shape": f"{case.H}/{case.Hk} x {case.D}", "ms": statistics.median(taken[4:]) * 1e3}
+
+
+Step = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _step(case: Case, length: int, seed: int) -> Step:
+    """q [1,H,D], a cache with shuffled pages, its table, and k, v [1,Hk,length,D]."""
+    generator, pages = torch.Generator().manual_seed(seed), -(-length // PAGE)
+    cache = torch.randn(pages, 2, case.Hk, PAGE, case.D, generator=generator)
+    table = torch.randperm(pages, generator=generator)
+    k, v = (side.contiguous() for side in gather(cache, table, length)[:, None])
+    return torch.randn(1, case.H, case.D, generator=generator), cache, table[None].int(), k, v
+
+
+def _contiguous(step: Step) -> Tensor:
+    q, _, _, k, v = step
+    return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=q.shape[1] != k.shape[1])[:, :, 0]
+
+
+def _paged(case: Case, step: Step) -> Tensor:
+    q, cache, table, k, _ = step
+    lens = torch.tensor([k.shape[2]], dtype=torch.int32)
+    return torch.ops.fluxc.decode_attention(q, cache, table, lens, scale=case.D**-0.5, layer=0)
 
 
 @torch.no_grad()
@@ -140,25 +174,13 @@ def measure(case: Case, S: int, dtype: torch.dtype, rounds: int, clock: Callable
         yield Row(case, S, name, statistics.median(taken[1:]) * 1e3, statistics.median(ratios), ideal)
 
 
-def table(rows: list[Row], title: str) -> Table:
-    """The rows as a table for people."""
-    shown = Table("heads", "sink + window", "tokens", "op", "ms", "x dense", "ideal", "% of ideal", title=title)
-    for row in rows:
-        case = row.case
-        sizes = (f"{case.H}/{case.Hk} x {case.D}", f"{case.sink} + {case.window}", str(row.S), row.op)
-        shares = (f"{row.ratio:.2f}", f"{row.ideal:.2f}", f"{100 * row.ratio / row.ideal:.0f}")
-        shown.add_row(*sizes, f"{row.milliseconds:.2f}", *shares)
-    return shown
-
-
-def conditions(dtype: str, clock: str, rounds: int) -> dict[str, Any]:
+def conditions(clock: str, rounds: int) -> dict[str, Any]:
     """What the numbers depend on."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "processor": processor(),
-        "dtype": dtype,
         "clock": clock,
         "rounds": rounds,
         "triangle_last": CASES[0].last,
@@ -171,7 +193,3 @@ def processor() -> str:
     lines = listing.read_text().splitlines() if listing.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-if __name__ == "__main__":
-    main()
