@@ -30,12 +30,14 @@ from fluxc.linking import Links
 from fluxc.manifest import FileEntry, Manifest
 from fluxc.model_info import ModelInfo
 from fluxc.passes.apply_plan import ApplyPlan, settings_of
+from fluxc.passes.merge_linears import groups_of
 from fluxc.plan import Plan
 from fluxc.preflight import check_space, check_target
 from fluxc.router import PREFIX, router_state
 from fluxc.weight_files import (
     SHARD_BYTES,
     bytes_of,
+    in_groups,
     split_aliases,
     weights_digest,
     write_shards,
@@ -78,7 +80,7 @@ def write_flux(
         tensors, aliases = split_aliases(_backbone(captured, routed))
         linked = {name: links.entries[name] for name in tensors if name in links.entries}
         own = {name: tensor for name, tensor in tensors.items() if name not in linked}
-        entries = linked | write_shards(own, root, "weights", shard_bytes)
+        entries = linked | write_shards(in_groups(own, groups_of(routed)), root, "weights", shard_bytes)
         routers = write_tensors(router_state(routed), root, ROUTERS)
         _write_graphs(root, {"captured": captured, "routed": routed})
         _write_texts(root, {PLAN: plan.to_json()})

@@ -14,8 +14,9 @@ from fluxc import manifest, pending
 from fluxc.archive import bind_weights, load_program
 from fluxc.errors import ArchiveError, InternalError
 from fluxc.manifest import Manifest
+from fluxc.passes.merge_linears import groups_of
 from fluxc.plan import Plan
-from fluxc.weight_files import read_tensors
+from fluxc.weight_files import pack, read_tensors
 
 PLAN = "plan.json"
 ROUTERS = "routers.safetensors"
@@ -61,15 +62,17 @@ class FluxDir:
         if kind not in GRAPHS:
             raise InternalError(f"a model.flux directory holds no program {kind!r}")
         program, _ = load_program(self.path / graph_file(kind))
+        weights = self._weights_on(device, program)
         program = program if device == "cpu" else _placed(program, device)
-        return bind_weights(program, self._weights_on(device) | (self._routers_on(device) if kind == "routed" else {}))
+        return bind_weights(program, weights | (self._routers_on(device) if kind == "routed" else {}))
 
-    def _weights_on(self, device: str) -> dict[str, Tensor]:
+    def _weights_on(self, device: str, program: ExportedProgram) -> dict[str, Tensor]:
+        """The weights on `device`; those that `merge-linears` finds in the program lie side by side there."""
         if device == "cpu":
             return self.weights
         if device not in self._moved:
-            stored = {name: self.weights[name].to(device) for name in self.manifest.tensors}
-            self._moved[device] = self._with_aliases(stored)
+            stored = {name: self.weights[name] for name in self.manifest.tensors}
+            self._moved[device] = self._with_aliases(pack(stored, groups_of(program), device))
         return self._moved[device]
 
     def _routers_on(self, device: str) -> dict[str, Tensor]:

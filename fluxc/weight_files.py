@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fluxc.errors import ArchiveError
 from fluxc.options import canonical_digest
+from fluxc.tensor_file import map_tensors, write_ordered
 
 SHARD_BYTES = 4_000_000_000
 """Upper bound of a shard in bytes; a single tensor larger than that has a shard of its own."""
@@ -84,16 +82,8 @@ def write_shards(tensors: Mapping[str, Tensor], root: Path, folder: str, limit: 
 
 
 def write_tensors(tensors: Mapping[str, Tensor], root: Path, file: str) -> dict[str, TensorEntry]:
-    """Write one safetensors file; returns where each tensor went. Raises OSError where the disk refuses."""
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, root / file)
-    except SafetensorError as cause:
-        number = re.search(r"os error (\d+)", str(cause))  # how safetensors reports a full disk
-        if not number:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from cause
-    # safetensors creates files that only their owner may read; other files here follow the folder.
-    (root / file).chmod(root.stat().st_mode & 0o666)
+    """Write one safetensors file, in this order; returns where each tensor went. Raises OSError as the disk does."""
+    write_ordered(tensors, root / file)
     return {name: TensorEntry(file, name, dtype_name(t), tuple(t.shape)) for name, t in tensors.items()}
 
 
@@ -129,12 +119,29 @@ def read_tensors(root: Path, entries: Mapping[str, TensorEntry]) -> dict[str, Te
 
 
 def _read_file(path: Path, wanted: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(entry.name) for name, entry in wanted.items()}
-    except Exception as cause:  # safetensors raises its own types, OSError and KeyError
-        raise ArchiveError(f"{path} is no readable safetensors file: {cause}") from cause
+    stored = map_tensors(path, [entry.name for entry in wanted.values()])
+    tensors = {name: stored[entry.name] for name, entry in wanted.items()}
     for name, entry in wanted.items():
         if (dtype_name(tensors[name]), tuple(tensors[name].shape)) != (entry.dtype, tuple(entry.shape)):
             raise ArchiveError(f"{name} in {path} has another dtype or shape than the manifest says")
     return tensors
+
+
+def in_groups(tensors: Mapping[str, Tensor], groups: Iterable[Sequence[str]]) -> dict[str, Tensor]:
+    """The same tensors in an order that puts each group in one place: that of its first member."""
+    group_of = {name: group for group in groups for name in group if all(other in tensors for other in group)}
+    return {other: tensors[other] for name in tensors for other in group_of.get(name, (name,))}
+
+
+def pack(tensors: Mapping[str, Tensor], groups: Iterable[Sequence[str]], device: str) -> dict[str, Tensor]:
+    """The tensors on `device`, those of a group one after another in one allocation (they differ in rows only)."""
+    moved: dict[str, Tensor] = {}
+    for group in groups:
+        if all(name in tensors for name in group):
+            parts = [tensors[name] for name in group]
+            rows = [part.shape[0] for part in parts]
+            whole = torch.empty(sum(rows), *parts[0].shape[1:], dtype=parts[0].dtype, device=device)
+            moved |= zip(group, whole.split(rows), strict=True)
+            for name, part in zip(group, parts, strict=True):
+                moved[name].copy_(part)
+    return {name: moved[name] if name in moved else tensor.to(device) for name, tensor in tensors.items()}

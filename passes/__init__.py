@@ -37,6 +37,7 @@ ORDER = (
     "append-turn",
     "outline-layers",  # last: its result is a module
     "split-phases",  # last as well
+    "chunk-rows",  # of what split-phases leaves
 )
 
 

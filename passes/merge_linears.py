@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -25,8 +24,8 @@ class MergeLinears(Pass):
 
     1. Weights that lie one after another in memory are merged by a view: nothing is copied.
     2. Others are copied together, and the program refers to the copy alone. With `copy` False they stay apart.
-    3. A weight that something else uses too, tied ones included, is left alone; so are biases on some of a group only.
-    4. Where a later op cannot take a part of the result (it is strided), the group is left alone.
+    3. A weight that something else uses too, tied ones included, keeps its group as it is.
+    4. Where a later op cannot take a part of the result (it is strided), its group stays as it is.
 
         %q = linear(%x, attn.q.weight)        %qkv = linear(%x, attn.q_and_k_and_v.weight)
         %k = linear(%x, attn.k.weight)   =>   %q, %k, %v = split_with_sizes(%qkv, [16, 8, 8], -1)
@@ -43,25 +42,23 @@ class MergeLinears(Pass):
     def rewrite(self, draft: Draft, notes: list[Note]) -> int:
         """Returns the number of linears merged into others."""
         names = _weight_names(draft)
-        count = 0
-        for group in list(_groups(draft, names)):
-            reason = self._refusal(draft, group, names)
+        found = [(group, self._refusal(draft, group, names)) for group in _groups(draft, names)]
+        reasons = _layout_refusals(draft, [group for group, reason in found if reason is None])
+        merged = 0
+        for group, refused in found:
+            reason = refused or reasons.get(group[0])
+            notes.append(Note(group[0].name, reason is None, reason or f"one GEMM for {len(group)}"))
             if reason is None:
                 _merge(draft, group, names)
-                count += len(group)
-            notes.append(Note(group[0].name, reason is None, reason or f"one GEMM for {len(group)}"))
-        return count
+                merged += len(group)
+        return merged
 
     def _refusal(self, draft: Draft, group: list[Node], names: dict[Node, str]) -> str | None:
-        if len({argument(node, "bias") is None for node in group}) > 1:
-            return "not all of them have a bias"
         held = [node for linear in group for node in _weights(linear)]
         if any(len(node.users) > 1 or _is_tied(draft, names[node]) for node in held):
             return "a weight is used elsewhere too"
-        columns = zip(*([draft.state_dict[names[node]] for node in _weights(linear)] for linear in group), strict=True)
-        if not self.copy and not all(adjacent(list(column)) for column in columns):
-            return "the weights lie apart"
-        return _layout_refusal(draft, group)
+        columns = [[draft.state_dict[names[node]] for node in column] for column in _columns(group)]
+        return None if self.copy or all(map(adjacent, columns)) else "the weights lie apart"
 
 
 def adjacent(tensors: list[Tensor]) -> bool:
@@ -82,15 +79,10 @@ def joined(tensors: list[Tensor]) -> Tensor:
 
 
 def groups_of(program: torch.export.ExportedProgram) -> list[list[str]]:
-    """Names of the weights, then of the biases, that the pass would merge: what should lie together in a file."""
+    """Names of the weights (and of the biases) that the pass would merge if it could: what should lie together."""
     draft = Draft(program)
     names = _weight_names(draft)
-    return [
-        [names[node] for node in column]
-        for group in _groups(draft, names)
-        if MergeLinears()._refusal(draft, group, names) is None
-        for column in zip(*map(_weights, group), strict=True)
-    ]
+    return [[names[node] for node in column] for group in _groups(draft, names) for column in _columns(group)]
 
 
 def _weight_names(draft: Draft) -> dict[Node, str]:
@@ -98,14 +90,19 @@ def _weight_names(draft: Draft) -> dict[Node, str]:
     return {node: str(spec.target) for node, spec in pairs if spec.kind == InputKind.PARAMETER}
 
 
-def _groups(draft: Draft, names: dict[Node, str]) -> Iterator[list[Node]]:
-    """Linears with weights of their own in one module that read the same value, in graph order."""
-    found: dict[tuple[Node, str], list[Node]] = {}
+def _groups(draft: Draft, names: dict[Node, str]) -> list[list[Node]]:
+    """Linears with weights of their own in one module that read the same value, all or none with a bias."""
+    found: dict[tuple[Node, str, int], list[Node]] = {}
     for node in draft.graph.nodes:
         if is_call(node, aten.linear) and all(weight in names for weight in _weights(node)):
             module = names[_weights(node)[0]].rpartition(".")[0].rpartition(".")[0]
-            found.setdefault((node.args[0], module), []).append(node)
-    return (group for group in found.values() if len(group) > 1)
+            found.setdefault((node.args[0], module, len(_weights(node))), []).append(node)
+    return [group for group in found.values() if len(group) > 1]
+
+
+def _columns(group: list[Node]) -> list[tuple[Node, ...]]:
+    """The weights of a group, then its biases."""
+    return list(zip(*map(_weights, group), strict=True))
 
 
 def _weights(linear: Node) -> list[Node]:
@@ -118,18 +115,28 @@ def _is_tied(draft: Draft, name: str) -> bool:
     return any(other is own for key, other in draft.state_dict.items() if key != name)
 
 
-def _layout_refusal(draft: Draft, group: list[Node]) -> str | None:
-    """Case 4, tried on fake values: the parts get the strides they would have; all values are renewed if it fails."""
-    before = {node: node.meta["val"] for node in group}
-    width = sum(int(node.meta["val"].shape[-1]) for node in group)
-    for node in group:
-        node.meta["val"] = _strided(draft, node, width)
+def _layout_refusals(draft: Draft, groups: list[list[Node]]) -> dict[Node, str]:
+    """Case 4, tried on fake values: why groups cannot be merged, by their first linear."""
+    if _try_layout(draft, groups) is None:
+        return {}
+    tried = {group[0]: _try_layout(draft, [group]) for group in groups}
+    return {first: reason for first, reason in tried.items() if reason}
+
+
+def _try_layout(draft: Draft, groups: list[list[Node]]) -> str | None:
+    """Give the linears the strides that parts of a wider result have; all values are as they were if that fails."""
+    linears = [node for group in groups for node in group]
+    before = {node: node.meta["val"] for node in linears}
+    for group in groups:
+        width = sum(int(node.meta["val"].shape[-1]) for node in group)
+        for node in group:
+            node.meta["val"] = _strided(draft, node, width)
     try:
-        renew(draft, group)
+        renew(draft, linears)
     except (RuntimeError, ValueError) as error:
         for node, val in before.items():
             node.meta["val"] = val
-        renew(draft, group)
+        renew(draft, linears)
         return f"a later op cannot take a part of the result: {error}".splitlines()[0]
     return None
 
@@ -142,7 +149,7 @@ def _strided(draft: Draft, node: Node, width: int) -> Any:
 
 
 def _merge(draft: Draft, group: list[Node], names: dict[Node, str]) -> None:
-    columns = list(zip(*map(_weights, group), strict=True))
+    columns = _columns(group)
     merged = [_add(draft, [names[node] for node in column]) for column in columns]
     sizes = [int(node.meta["val"].shape[-1]) for node in group]
     with draft.inserting_before(group[0]):
@@ -152,9 +159,8 @@ def _merge(draft: Draft, group: list[Node], names: dict[Node, str]) -> None:
     for node, item in zip(group, items, strict=True):
         node.replace_all_uses_with(item)
         draft.graph.erase_node(node)
-    for column in columns:
-        for node in column:
-            draft.remove_input(node)
+    for node in (node for column in columns for node in column):
+        draft.remove_input(node)
 
 
 def _add(draft: Draft, names: list[str]) -> Node:

@@ -63,7 +63,7 @@ class _Cutter:
         held = {node: self._held[node] for node in self._needed[number] if node in self._held}
         leaving = self._outputs if number == self.last else self._leaving(number)
         module = build_part(self._nodes[number], entering, leaving, held)
-        return Piece(module.forward, *(tuple(node.name for node in group) for group in (entering, leaving)))
+        return Piece(module, *(tuple(node.name for node in group) for group in (entering, leaving)))
 
     def layer(self, index: int, pieces: list[Piece]) -> LayerPieces:
         """The three pieces of a layer."""

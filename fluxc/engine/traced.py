@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from fluxc.ir.kv import kv_geometry
 from fluxc.ir.layers import attention_nodes
 from fluxc.ir.parts import build_whole
 from fluxc.ir.phases import LayerPieces, Phases, PrefillRun
+from fluxc.passes.chunk_rows import ChunkRows
 from fluxc.passes.merge_linears import MergeLinears
 from fluxc.passes.rope_per_request import rope_limit
 from fluxc.passes.split_phases import SplitPhases
@@ -34,12 +35,20 @@ from fluxc.passes.split_phases import SplitPhases
 class TracedPrograms:
     """`Programs` of a routed program (or a captured one: no layer is routable then).
 
-    `context`: the model's, in tokens, 0 where it is not known. `merge`: merge GEMMs that read the same value; weights
-    that do not lie together are copied for it, and the given program keeps its own. Raises UnsupportedAttentionError
-    for layers that one cache cannot hold.
+    `context`: the model's, in tokens, 0 where it is not known. `merge`: GEMMs that read the same value become one:
+    "views" where their weights lie side by side, as `write_flux` and `FluxDir.load` leave them; "copy" everywhere, by
+    copying weights that lie apart, and the given program keeps its own. `chunk_rows`: rows of the prompt that MLPs
+    take at a time. Raises UnsupportedAttentionError for layers that one cache cannot hold.
     """
 
-    def __init__(self, program: ExportedProgram, *, context: int = 0, merge: bool = True) -> None:
+    def __init__(
+        self,
+        program: ExportedProgram,
+        *,
+        context: int = 0,
+        merge: Literal["no", "views", "copy"] = "views",
+        chunk_rows: int = 8192,
+    ) -> None:
         kernels.register()
         self.layers = layer_shapes(program)
         self.vocabulary = _vocabulary(program)
@@ -47,7 +56,8 @@ class TracedPrograms:
         self.rope_limit = rope_limit(program)
         self.dtype = kv_geometry(attention_nodes(program.graph)).dtype
         self.device: torch.device = _input(program, "input_ids").device
-        self._program = MergeLinears().apply(program).program if merge else program
+        self._program = program if merge == "no" else MergeLinears(copy=merge == "copy").apply(program).program
+        self._chunk = ChunkRows(chunk_rows)
         self._stage = "routed" if "route_bias" in user_inputs(program) else "captured"
 
     def prefill(
@@ -115,7 +125,8 @@ class TracedPrograms:
         return build_whole(passes.append_pipeline().run(self._program, self._stage).program)
 
     def _split(self, dense: bool) -> Phases:
-        return SplitPhases().apply(passes.prefill_pipeline(dense=dense).run(self._program, self._stage).program)
+        program = passes.prefill_pipeline(dense=dense).run(self._program, self._stage).program
+        return self._chunk.apply(SplitPhases().apply(program))
 
     def _prefilled(self, outputs: dict[str, Tensor]) -> Prefilled:
         logits, *rest = outputs.values()

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A function of tensors: `run(*enters)` returns the values `leaves`, all by name."""
+    """`module(*enters)` returns the values `leaves`; both are names."""
 
-    run: Callable[..., Any]
+    module: nn.Module
     enters: tuple[str, ...]
     leaves: tuple[str, ...]
 
@@ -74,7 +73,7 @@ class PrefillRun:
         taken = {name: self._values[name] for name in piece.enters}
         for name in [name for name in self._values if self._last.get(name, -1) <= self._number]:
             del self._values[name]
-        left = dict(zip(piece.leaves, piece.run(*taken.values()), strict=True))
+        left = dict(zip(piece.leaves, piece.module.forward(*taken.values()), strict=True))
         self._values |= {name: value for name, value in left.items() if self._last[name] > self._number}
         self._number += 1
         return {name: left[name] if name in left else taken[name] for name in keep}

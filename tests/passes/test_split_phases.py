@@ -47,7 +47,7 @@ def test_golden(phases, program, golden):
     layer = phases.layers[0]
     named = {"prologue": phases.prologue, "before": layer.before, "attend": layer.attend, "after": layer.after}
     named["epilogue"] = phases.epilogue
-    texts = [module_text(piece.run.__self__, name, program) for name, piece in named.items()]
+    texts = [module_text(piece.module, name, program) for name, piece in named.items()]
     golden.check("toy", "\n".join(texts))
 
 
@@ -69,7 +69,7 @@ def test_dense_bit_for_bit(toy):
 
 def test_attend_is_the_attention_alone(phases):
     for layer in phases.layers:
-        (call,) = [node for node in layer.attend.run.__self__.graph.nodes if node.op == "call_function"]
+        (call,) = [node for node in layer.attend.module.graph.nodes if node.op == "call_function"]
         assert call.target._opname in ("attention", "routed_attention")
         assert {layer.k, layer.v} <= set(layer.attend.enters)
     assert [bool(layer.route) for layer in phases.layers] == [True, False, True]
@@ -77,7 +77,7 @@ def test_attend_is_the_attention_alone(phases):
 
 def test_weights_are_the_programs_own(program, phases):
     own = {tensor.data_ptr() for tensor in program.state_dict.values()}
-    held = [tensor for piece in phases.pieces() for tensor in piece.run.__self__.parameters()]
+    held = [tensor for piece in phases.pieces() for tensor in piece.module.parameters()]
     assert {tensor.data_ptr() for tensor in held} == own
 
 
@@ -101,7 +101,7 @@ def test_merged_program(toy_routed):
         expected = runnable(program)(*inputs)
     phases = SplitPhases().apply(program)
     assert all(torch.equal(a, b) for a, b in zip(_run(phases, inputs), expected, strict=True))
-    assert len(calls(phases.layers[0].before.run.__self__, torch.ops.aten.linear)) == 1 + 5
+    assert len(calls(phases.layers[0].before.module, torch.ops.aten.linear)) == 1 + 5
 
 
 def test_program_without_attention_is_refused():
