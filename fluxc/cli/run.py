@@ -10,19 +10,16 @@ import click
 from fluxc.cli.budgets import budget_options
 from fluxc.cli.command import command
 from fluxc.cli.devices import chosen_device, device_option
+from fluxc.cli.run_report import answer_lines, json_result, times
 from fluxc.cli.screen import Screen
-from fluxc.cli.strip import coloured, legend, strip
-from fluxc.cli.tables import size, table
 from fluxc.errors import DataError, OptionError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from fluxc.runtime.generate import Generation
+    from fluxc.engine.engine import Engine
+    from fluxc.engine.result import Generation
     from fluxc.runtime.measure import PrefillReport
     from fluxc.runtime.model import FluxModel
 
-SCORES_A_LINE = 10
 _PROMPT_FILE = "name a text file, or - for standard input"
 FORCED = {"full": True, "sparse": False}
 
@@ -41,7 +38,12 @@ FORCED = {"full": True, "sparse": False}
 @click.option("--prompt-file", metavar="FILE", help="A file that holds the prompt; - is standard input.")
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, not as a user's turn of the chat template.")
 @budget_options
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=0.0, help="Above 0, tokens are drawn.  [default: 0]"
+)
+@click.option("--top-p", type=float, help="Draw from the most likely tokens that make up this share.")
+@click.option("--seed", type=click.IntRange(min=0), help="The same seed draws the same tokens.")
 @click.option("--routes", type=click.Choice(list(FORCED)), help="Force every routable layer, whatever its router says.")
 @click.option("--timing/--no-timing", default=True, help="Time the prefill against dense.  [default: timing]")
 @click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True, help="Timed runs of each kind.")
@@ -54,26 +56,39 @@ def run(
     raw: bool,
     budget: float | None,
     max_new_tokens: int,
+    temperature: float,
+    top_p: float | None,
+    seed: int | None,
     routes: str | None,
     timing: bool,
     repeats: int,
     device: str | None,
 ) -> None:
-    """Answer a prompt with MODEL.flux; show its routes, scores, Ω and prefill time against dense.
+    """Answer a prompt with MODEL.flux; show its routes, scores, Ω, KV memory and times, and its prefill against dense.
 
-    The answer is greedy. There is no KV cache yet: each new token recomputes the whole text, so keep answers short.
+    The answer is greedy unless a temperature or --top-p is given.
     """
     text = _prompt(prompt, prompt_file)
+    sampling = _sampling(temperature, top_p, seed)
     model = _load(screen, flux, device)
     ids = _token_ids(model, text, raw)
     forced = None if routes is None else [FORCED[routes]] * len(model.plan.layers)
-    answer = _answer(screen, model, ids, max_new_tokens=max_new_tokens, budget=budget, routes=forced)
+    with _engine(screen, model) as engine:
+        options = {"max_new_tokens": max_new_tokens, "budget": budget, "routes": forced, **sampling}
+        answer = _answer(screen, engine, ids, **options)
     report = _time(screen, model, ids, repeats=repeats, budget=budget, routes=forced) if timing else None
-    screen.show(*_routing(model, answer, budget, routes))
+    screen.show(*answer_lines(model, answer, budget, routes))
     if report:
         screen.show(times(report))
     screen.answer(answer.text)
-    screen.result(_result(model, answer, budget, report))
+    screen.result(json_result(model, answer, budget, report))
+
+
+def _sampling(temperature: float, top_p: float | None, seed: int | None) -> dict[str, Any]:
+    """Options of generation; greedy ones where nothing asks for more."""
+    drawn = {"temperature": temperature or None, "top_p": top_p}
+    given = {name: value for name, value in drawn.items() if value is not None}
+    return {**given, "seed": seed} if given else {}
 
 
 def _prompt(prompt: str | None, prompt_file: str | None) -> str:
@@ -99,81 +114,30 @@ def _load(screen: Screen, flux: Path, device: str | None) -> FluxModel:
     return load_flux(flux, chosen_device(device))
 
 
+def _engine(screen: Screen, model: FluxModel) -> Engine:
+    from fluxc.engine.load import engine_of
+
+    screen.progress().start("preparing prefill and decode")
+    engine = engine_of(model, max_batch=1)
+    engine.warm_up()
+    return engine
+
+
 def _token_ids(model: FluxModel, text: str, raw: bool) -> list[int]:
     from fluxc.data.tokenizing import has_chat_template
-    from fluxc.runtime.generate import prompt_ids
+    from fluxc.engine.text import prompt_ids
 
     chat = not raw and has_chat_template(model.tokenizer)
-    return prompt_ids(model, [{"role": "user", "content": text}] if chat else text)
+    return prompt_ids(model.tokenizer, [{"role": "user", "content": text}] if chat else text)
 
 
-def _answer(screen: Screen, model: FluxModel, ids: list[int], **options: Any) -> Generation:
+def _answer(screen: Screen, engine: Engine, ids: list[int], **options: Any) -> Generation:
     progress = screen.progress()
     progress.start("answering", options["max_new_tokens"])
-    return model.generate(ids, stream=lambda piece: progress.advance(), **options)
+    return engine.generate(ids, stream=lambda piece: progress.advance(), **options)
 
 
 def _time(screen: Screen, model: FluxModel, ids: list[int], **options: Any) -> PrefillReport:
     from fluxc.runtime.measure import measure_prefill
 
     return measure_prefill(model, ids, guard=True, progress=screen.progress(), **options)
-
-
-def _routing(model: FluxModel, answer: Generation, budget: float | None, forced: str | None) -> list[str]:
-    layers = [layer.layer for layer in model.plan.layers]
-    routes = dict(zip(layers, (bool(route) for route in answer.routes), strict=True))
-    line = strip(routes, [attention.layer for attention in model.plan.model.attentions])
-    wanted = model.plan.budget if budget is None else budget
-    asked = f"all {forced} as asked" if forced else f"asked {1 - wanted:.2f} on average, budget {wanted:g}"
-    lines = [
-        f"[bold]routes[/] {coloured(line)}   {legend(line)}",
-        f"[bold]Ω[/]      {answer.sparse_ratio:.2f} ({asked}); {answer.prompt_tokens} tokens in the prompt",
-        *_scores(layers, answer, model, budget),
-    ]
-    full = model.plan.kv_bytes([True] * len(layers), answer.prompt_tokens + len(answer.tokens))
-    return [*lines, f"[bold]KV[/]     {size(answer.kv_bytes)} planned, {size(full)} if every layer were full"]
-
-
-def _scores(layers: list[int], answer: Generation, model: FluxModel, budget: float | None) -> list[str]:
-    if answer.scores is None:
-        return [f"[bold]scores[/] none: below the crossover of {model.crossover(budget)} tokens the dense program runs"]
-    cells = [f"{layer}:{score:+.2f}" for layer, score in zip(layers, answer.scores.tolist(), strict=True)]
-    rows = ["  ".join(cells[at : at + SCORES_A_LINE]) for at in range(0, len(cells), SCORES_A_LINE)]
-    return ["[bold]scores[/] " + rows[0], *("       " + row for row in rows[1:])]
-
-
-def times(report: PrefillReport) -> Table:
-    """Prefill times of one length, each beside its bound and its ideal."""
-    head = ("prefill", "Ω", "seconds", "speed-up", "ideal", "bound")
-    made = table(*head, numbers=head[1:])
-    made.add_row(f"dense, {report.length} tokens", "0.00", f"{report.dense.median:.3f}", "1.00", "", "")
-    names = {"forced": "routes forced", "chosen": "routes chosen by the routers"}
-    for row in report.routed:
-        figures = (row.seconds.median, row.speedup, row.ideal, row.bound)
-        seconds, *factors = figures
-        made.add_row(
-            names[row.name], f"{row.sparse_ratio:.2f}", f"{seconds:.3f}", *(f"{value:.2f}" for value in factors)
-        )
-    return made
-
-
-def _result(model: FluxModel, answer: Generation, budget: float | None, report: PrefillReport | None) -> dict[str, Any]:
-    layers = [layer.layer for layer in model.plan.layers]
-    scores = [None] * len(layers) if answer.scores is None else answer.scores.tolist()
-    return {
-        "answer": answer.text,
-        "finish": answer.finish,
-        "tokens": list(answer.tokens),
-        "prompt_tokens": answer.prompt_tokens,
-        "budget": model.plan.budget if budget is None else budget,
-        "sparse_ratio": answer.sparse_ratio,
-        "crossover": model.crossover(budget),
-        "layers": [
-            {"layer": layer, "full": bool(route), "score": score}
-            for layer, route, score in zip(layers, answer.routes, scores, strict=True)
-        ],
-        "kv_bytes": answer.kv_bytes,
-        "prefill_seconds": answer.prefill_seconds,
-        "decode_seconds": answer.decode_seconds,
-        "timing": report.to_dict() if report else None,
-    }

@@ -131,6 +131,12 @@ class Engine:
             self.prepare(prompt, budget=budget, routes=routes, conversation=conversation, reroute=reroute, **generation)
         )
 
+    def warm_up(self) -> None:
+        """Answer one token through each program, so that the first request waits for no graph to be made."""
+        for full in (True, False):
+            self.generate([0], routes=[full] * len(self.plan.layers), max_new_tokens=2, eos_token_id=[])
+        self._last = ()
+
     def prepare(self, prompt: Prompt, **options: Any) -> Request:
         """The request that `submit` would put into the batch, checked."""
         return self._intake.request(prompt, **options)

@@ -1,1 +1,1 @@
-"""Running a model.flux directory in eager torch: prefill with routing, short answers, and its measurements."""
+"""Running the whole programs of a model.flux directory in eager torch, and measuring them; answers: fluxc.engine."""

@@ -20,7 +20,6 @@ from fluxc.plan import Plan
 from fluxc.runtime import crossover
 from fluxc.runtime.batch import Batch, Ids, make_batch
 from fluxc.runtime.clock import now
-from fluxc.runtime.generate import Generation, Prompt, generate
 
 Kind = Literal["routed", "captured"]
 Routes = Sequence[bool] | Tensor
@@ -144,10 +143,6 @@ class FluxModel:
         if guard:
             bias[:, batch.prompt_lens < self.crossover(budget)] = math.inf
         return bias
-
-    def generate(self, prompt: Prompt, **options: Any) -> Generation:
-        """A greedy answer, recomputing the whole text for each token; see `fluxc.runtime.generate`."""
-        return generate(self, prompt, **options)
 
     def run(self, batch: Batch, bias: Tensor, *, dense: bool) -> Prefill:
         """The routed program under `bias`, or with `dense` the captured one where all of `bias` says full anyway."""

@@ -64,6 +64,29 @@ def test_short_prompts_run_dense(flux: str, capsys: pytest.CaptureFixture[str]) 
     assert "below the crossover of 32 tokens the dense program runs" in out
 
 
+def test_memory_and_times_are_shown(flux: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = run_json(capsys, flux, "--prompt", TEXT, "--routes", "sparse", "--no-timing")
+    # One page of 64 slots a layer: 2 KV heads x (8 + 8) fp32 numbers; a sparse layer keeps sink + window = 16 of them.
+    assert shown["kv_bytes"]["measured"] == LAYERS * 64 * 2 * 16 * 4
+    assert shown["kv_bytes"]["planned"] == LAYERS * 16 * 2 * 16 * 4
+    assert shown["kv_bytes"]["peak"] > shown["kv_bytes"]["measured"]
+    assert shown["first_token_seconds"] > 0
+    assert len(shown["token_seconds"]) == len(shown["tokens"]) - 1 == 1
+    assert main(["run", flux, "--prompt", TEXT, "--no-timing", "--max-new-tokens", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "s to the first token," in out
+    assert "ms for each further one" in out
+    assert "in pages" in out
+
+
+def test_tokens_are_drawn_where_a_temperature_asks_for_it(flux: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [flux, "--prompt", TEXT, "--no-timing", "--temperature", "3"]
+    one, same, other = (run_json(capsys, *argv, "--seed", seed)["tokens"] for seed in ("1", "1", "2"))
+    greedy = run_json(capsys, flux, "--prompt", TEXT, "--no-timing")["tokens"]
+    assert one == same
+    assert len({tuple(one), tuple(other), tuple(greedy)}) == 3
+
+
 def test_prompt_from_a_file_and_from_stdin(
     flux: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +117,7 @@ def test_quiet_prints_the_answer_alone(flux: str, capsys: pytest.CaptureFixture[
         (["--prompt", "a", "--budget", "nan"], "--budget nan is outside 0..1"),
         (["--prompt", "a", "--budget", "0.2", "--sparse-ratio", "0.8"], "say the same thing"),
         (["--prompt", "a", "--max-new-tokens", "0"], "0 is not in the range x>=1"),
+        (["--prompt", "a", "--top-p", "1.5"], "top_p 1.5 is not a number above 0 and at most 1"),
         (["--prompt", "a", "--device", "cuda"], "torch sees no CUDA device"),
     ],
 )

@@ -67,6 +67,12 @@ def test_values_of_each_prompt(engine):
         engine.generate([ids(2)] * 3, budget=[0.0, 1.0])
 
 
+def test_warming_up_runs_every_program(engine):
+    engine.warm_up()
+    assert engine.programs.calls == ["prefill", "decode 1"] * 2
+    assert engine.kv_bytes == KvBytes(0, 0, 0)
+
+
 def test_timings_add_up(engine):
     found = engine.generate(ids(30), max_new_tokens=6)
     times = found.timings
