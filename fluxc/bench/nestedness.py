@@ -39,8 +39,8 @@ def nestedness(rows: Sequence[Mapping[str, Any]], budgets: Sequence[float]) -> d
 
 def nestedness_table(suites: Mapping[str, dict[str, Any]]) -> Table:
     """One row a suite and step, and one for all steps of the suite."""
-    table = Table(title="(prompt, layer) pairs full at a smaller budget and sparse at a larger one")
-    for column in ("suite", "budgets", "pairs", "of", "share"):
+    table = Table(title="full at a smaller budget, sparse at a larger one")
+    for column in ("suite", "budgets", "prompts x layers", "of", "share"):
         table.add_column(column, justify="left" if column == "suite" else "right")
     for name, found in suites.items():
         for step in found["steps"]:

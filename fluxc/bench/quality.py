@@ -29,6 +29,7 @@ from fluxc.cli.command import command
 from fluxc.cli.devices import chosen_device, device_option
 from fluxc.cli.screen import Screen
 from fluxc.data import HELDOUT, LOCAL, TASKS, TEXT, TokenizedPrompt, corpus, generate
+from fluxc.errors import DataError
 from fluxc.runtime.model import FluxModel, load_flux
 
 SEED = 1000
@@ -60,6 +61,17 @@ def prompts_of(suite: Suite, model: FluxModel, share: float = 1.0) -> list[Token
     rounds = max(1, round(suite.count * share / len(suite.tasks)))
     count = rounds * len(suite.tasks)
     return generate(suite.tasks, count, model.tokenizer, suite.lengths, SEED, HELDOUT, layer.sink, layer.window)
+
+
+def check_suites(names: Sequence[str], context: int) -> None:
+    """Raise DataError for a suite with prompts longer than the model's context (0: not known)."""
+    for name in names:
+        longest = max(SUITES[name].lengths)
+        if 0 < context < longest:
+            raise DataError(
+                f"the suite {name} has prompts of {longest} tokens, and the context is {context}",
+                hint="choose other suites with --suite",
+            )
 
 
 def systems_of(model: FluxModel, budgets: Sequence[float], ranking: dict[str, torch.Tensor]) -> list[System]:
@@ -131,13 +143,15 @@ def quality(
 ) -> None:
     """Compare MODEL.flux with its controls on held-out prompts."""
     model, progress = load_flux(flux, chosen_device(device)), screen.progress()
+    names = suites or tuple(SUITES)
+    check_suites(names, model.plan.model.context)
     progress.start("ranking layers", left_out * len(model.plan.layers) or None)
     ranking = rankings(model, left_out, progress.advance)
     budgets = budgets or BUDGETS
     systems = systems_of(model, budgets, ranking)
     ranks = {name: values.tolist() for name, values in ranking.items()}
     result: dict[str, Any] = {"conditions": conditions(model), "rankings": ranks, "suites": {}, "nestedness": {}}
-    for name in suites or SUITES:
+    for name in names:
         prompts = prompts_of(SUITES[name], model, share)
         progress.start(name, len(prompts) * len(systems))
         rows = run_suite(model, prompts, systems, progress.advance)

@@ -229,6 +229,7 @@ def test_dry_run_writes_nothing(model: str, work: Path, capsys: pytest.CaptureFi
         (["--window", "0"], "window is 0"),
         (["--sink", "-1"], "sink is -1"),
         (["--pool", "0"], "pool is 0"),
+        (["--seed", "-1"], "-1 is not in the range"),
         (["--prompts", "none.jsonl"], "cannot read none.jsonl"),
     ],
 )
