@@ -50,7 +50,7 @@ def map_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
     Raises ArchiveError for a file that is not what it should be, or has no tensor of a name.
     """
     size, start, header = _header(path)
-    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+    storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
     tensors = {}
     for name in names:
         if name not in header:
@@ -73,7 +73,7 @@ def _header(path: Path) -> tuple[int, int, dict[str, Any]]:
     return size, 8 + length, header
 
 
-def _view(storage: torch.UntypedStorage, start: int, entry: Any, where: str) -> Tensor:
+def _view(storage: Any, start: int, entry: Any, where: str) -> Tensor:
     try:
         dtype, shape, (first, last) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         is_whole = all(type(n) is int and n >= 0 for n in (*shape, first, last))
@@ -85,4 +85,5 @@ def _view(storage: torch.UntypedStorage, start: int, entry: Any, where: str) -> 
     offset = start + first
     if offset % dtype.itemsize:  # other writers do not align: a storage of its own, at an address of any kind
         storage, offset = storage[offset : start + last], 0
-    return torch.empty(0, dtype=dtype).set_(storage, offset // dtype.itemsize, shape)
+    stride = torch.empty(shape, device="meta").stride()
+    return torch.empty(0, dtype=dtype).set_(storage, offset // dtype.itemsize, shape, stride)

@@ -60,12 +60,15 @@ class ToyCache:
         request = ToyRequest(list(ids), [], [])
         at = torch.tensor([[len(ids) - 1]])
         args = torch.tensor([list(ids)]), torch.tensor([len(ids)]), route_bias[:, None], at
+        end = None
         for item in self.programs.prefill(*args, dense=dense):
-            if isinstance(item, Prefilled):
-                break
-            self._store(request, item)
+            if isinstance(item, LayerKV):
+                self._store(request, item)
+            else:
+                end = item
         self.requests.append(request)
-        return item
+        assert end is not None, "a prefill ends with its result"
+        return end
 
     def _store(self, request: ToyRequest, item: LayerKV) -> None:
         shape = self.programs.layers[item.index]
@@ -95,7 +98,7 @@ class ToyCache:
         """Append a turn of some tokens to each request: logits [B,N,V] of the rows `logits_at` of the turns."""
         starts = [len(request.tokens) for request in self.requests]
         width = max(map(len, turns))
-        rings = [[r.rings[a] or (0, 0) for r in self.requests] for a in self._layers]
+        rings = torch.tensor([[r.rings[a] or (0, 0) for r in self.requests] for a in self._layers])
         logits = self.programs.append(
             self.cache,
             torch.tensor([[*turn, *[0] * (width - len(turn))] for turn in turns]),
@@ -105,7 +108,8 @@ class ToyCache:
             self._page_table(),
             self._lens(starts),
             torch.tensor(starts),
-            *torch.tensor(rings).unbind(-1),
+            rings[..., 0],
+            rings[..., 1],
             logits_at,
         )
         for request, turn in zip(self.requests, turns, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
@@ -61,7 +61,8 @@ def _choices(graph: torch.fx.Graph, positions: Node) -> list[Node]:
 def _limit_of(choice: Node) -> int:
     for user in choice.users:
         if is_call(user, aten.ge.Scalar):
-            return int(user.args[1])  # type: ignore[call-overload]
+            limit: Any = user.args[1]
+            return int(limit)
     raise UnsupportedAttentionError(f"node {choice.name} reads the length of the whole text")
 
 

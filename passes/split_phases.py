@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.export.exported_program import ExportedProgram
@@ -71,7 +71,8 @@ class _Cutter:
         k, v = (argument(node, name).name for name in "kv")
         is_routed = is_call(node, torch.ops.fluxc.routed_attention)
         route = argument(node, "route").name if is_routed else ""
-        return LayerPieces(*pieces[3 * index + 1 : 3 * index + 4], k, v, route)
+        before, attend, after = pieces[3 * index + 1 : 3 * index + 4]
+        return LayerPieces(before, attend, after, k, v, route)
 
     def _leaving(self, number: int) -> list[Node]:
         later = {node for nodes in self._needed[number + 1 :] for node in nodes}
@@ -80,8 +81,8 @@ class _Cutter:
 
 def _outputs(program: ExportedProgram, attentions: list[Node]) -> list[Node]:
     """The outputs without the keys and values of case 2."""
-    outputs: list[Node] = list(program.graph.output_node().args[0])  # type: ignore[arg-type]
-    return outputs[: len(outputs) - 2 * len(attentions)]
+    outputs: Any = program.graph.output_node().args[0]
+    return list(outputs[: len(outputs) - 2 * len(attentions)])
 
 
 def _numbers(graph: torch.fx.Graph, attentions: list[Node]) -> dict[Node, int]:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class LayerKV:
     """Keys (after RoPE) and values of one attention layer of a prefill.
 
-    `index` is a in 0..A-1; k, v [1,Hk,S,D]; `route`: full (True) or sparse (False), None for a layer that has no
-    router. k and v may be views; nothing but the holder of this object keeps them alive.
+    `index` is a in 0..A-1; k, v [1,Hk,S,D]; `route`: full (True) or sparse (False), None for a layer that is not
+    routable. k and v may be views; nothing but the holder of this object keeps them alive.
     """
 
     index: int

@@ -77,7 +77,7 @@ class TracedPrograms:
         run = PrefillRun(phases, {name: inputs[name] for name in phases.inputs})
         _step(run, phases.prologue)
         for index, layer in enumerate(phases.layers):
-            yield _attend(run, layer, index)
+            yield _attend(run, layer, index, self.layers[index].routable)
             _step(run, layer.after)
         yield self._prefilled(_step(run, phases.epilogue, phases.outputs))
 
@@ -155,11 +155,28 @@ def _step(run: PrefillRun, *args: Any) -> dict[str, Tensor]:
     return run.step(*args)
 
 
-def _attend(run: PrefillRun, layer: LayerPieces, index: int) -> LayerKV:
-    """The layer up to its attention. The route is asked for when the attention is under way, not before."""
+def _attend(run: PrefillRun, layer: LayerPieces, index: int, routable: bool) -> LayerKV:
+    """The layer up to and with its attention; a routable layer without a router is full."""
     route = _step(run, layer.before, (layer.route,) if layer.route else ())
+    flag = _Flag(route[layer.route]) if layer.route else None
     kept = _step(run, layer.attend, (layer.k, layer.v))
-    return LayerKV(index, kept[layer.k], kept[layer.v], bool(route[layer.route]) if layer.route else None)
+    is_full = flag.read() if flag else (True if routable else None)
+    return LayerKV(index, kept[layer.k], kept[layer.v], is_full)
+
+
+class _Flag:
+    """A bool[1] on its way to the host: a GPU works on the attention while the host waits for what came before it."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._host = value.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if value.is_cuda else None
+        if self._copied:
+            self._copied.record(torch.cuda.current_stream(value.device))
+
+    def read(self) -> bool:
+        if self._copied:
+            self._copied.synchronize()
+        return bool(self._host)
 
 
 def _vocabulary(program: ExportedProgram) -> int:

@@ -61,7 +61,7 @@ def router_problems(program: ExportedProgram, stage: str) -> Iterator[str]:
             yield f"the router weight {name} is {tensor.dtype}, not float32"
     outputs: Any = program.graph.output_node().args[0]
     at = 1 if stage == "scored" else 2
-    scores = outputs[at] if at < len(outputs) else None
+    scores: Any = outputs[at] if at < len(outputs) else None
     if not is_call(scores, aten.stack) or len(scores.args[0]) != len(layers):
         yield f"the output scores is not a stack of {len(layers)} scores"
 
