@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fluxc.data.tokenizing import has_chat_template
 from fluxc.errors import DataError
 
 Message = Mapping[str, Any]
@@ -38,13 +39,17 @@ def _ids(tokenizer: Any, prompt: Prompt) -> list[int]:
         return list(required(tokenizer)(prompt)["input_ids"])
     values: list[Any] = prompt.flatten().tolist() if isinstance(prompt, Tensor) else list(prompt)
     if values and isinstance(values[0], Mapping):
-        return list(
-            required(tokenizer).apply_chat_template(values, add_generation_prompt=True, return_dict=True)["input_ids"]
-        )
+        return _chat(required(tokenizer), values)
     wrong = [value for value in values if not isinstance(value, int) or isinstance(value, bool)]
     if wrong:
         raise DataError(f"a prompt holds {wrong[0]!r}", hint="give a text, chat messages, or token ids")
     return values
+
+
+def _chat(tokenizer: Any, messages: list[Any]) -> list[int]:
+    if not has_chat_template(tokenizer):
+        raise DataError("this model has no chat template", hint="give the prompt as a text")
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
 def required(tokenizer: Any) -> Any:

@@ -63,6 +63,8 @@ def test_an_empty_prompt_is_refused(tokenizer, given):
 def test_what_is_no_prompt_is_refused():
     with pytest.raises(DataError, match="no tokenizer"):
         prompt_ids(None, "text")
+    with pytest.raises(DataError, match=r"no chat template\. give the prompt as a text"):
+        prompt_ids(tiny_tokenizer(chat=False), [{"role": "user", "content": "Hello"}])
     with pytest.raises(DataError, match=r"holds 1\.5"):
         prompt_ids(None, [1, 1.5])
 
