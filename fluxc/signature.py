@@ -16,6 +16,9 @@ graph order, V the vocabulary.
 | routes | bool[L,B] | True: full attention |
 | scores | f32[L,B] | logit[full] - logit[sparse], before the bias |
 
+Programs that are trained have SOFTENED_INPUTS and SOFTENED_OUTPUTS: `noise` f32[L,B] is added to score and bias, `tau`
+f32[] divides their sum, and `weights` f32[L,B] is the share of full attention in each layer's mix.
+
 Programs of the engine have a paged KV cache. A counts the attentions of the model, P the pages of a request. Prefill
 programs are the routed and the captured one for one request, with `k_0`, `v_0`, ... of each attention after the outputs
 they have. Decode programs have DECODE_INPUTS with S = 1 and `logits` [B,V]; append programs, for a further turn of S
@@ -37,6 +40,8 @@ CAPTURED_INPUTS = ("input_ids", "position_ids", "seq_lens", "logits_at")
 ROUTED_INPUTS = ("input_ids", "position_ids", "seq_lens", "prompt_lens", "route_bias", "logits_at")
 CAPTURED_OUTPUTS = ("logits",)
 ROUTED_OUTPUTS = ("logits", "routes", "scores")
+SOFTENED_INPUTS = (*ROUTED_INPUTS[:-1], "noise", "tau", "logits_at")
+SOFTENED_OUTPUTS = ("logits", "weights", "scores")
 
 DECODE_INPUTS = ("input_ids", "position_ids", "cache", "slots", "page_table", "lens")
 APPEND_INPUTS = (

@@ -28,6 +28,7 @@ ORDER = (
     "insert-routers",
     "route-attention",
     "apply-plan",
+    "soften-conditionals",  # for training alone: nothing that serves comes after it
     "lower-to-cond",  # fixes the batch to 1, so nothing that serves batches comes after it
     "merge-linears",  # before the phases part, so that all of them share the merged weights
     "drop-routers",
@@ -55,6 +56,13 @@ def route_pipeline(
     from fluxc.passes.route_attention import RouteAttention
 
     return watched([InsertRouters(pool, seed), RouteAttention(sparse or SparseSettings()), DeadCode()], dump_dir)
+
+
+def soften_pipeline(*, straight_through: bool = False, dump_dir: str | Path | None = None) -> Pipeline:
+    """From a routed program to the one that is trained: `soften_pipeline().run(program, "routed")`."""
+    from fluxc.passes.soften_conditionals import SoftenConditionals
+
+    return watched([SoftenConditionals(straight_through)], dump_dir)
 
 
 def lower_pipeline(*, dump_dir: str | Path | None = None) -> Pipeline:

@@ -52,7 +52,7 @@ class LowerToCond(Pass):
 
 
 def _lower(draft: Draft, node: Node) -> None:
-    full, sparse = _full_call(node), _sparse_call(node)
+    full, sparse = full_call(node), sparse_call(node)
     operands = list(dict.fromkeys(i for _, args, kwargs in (full, sparse) for i in _nodes(args, kwargs)))  # case 3
     layer = argument(node, "layer")
     with draft.inserting_before(node):
@@ -68,11 +68,13 @@ def _lower(draft: Draft, node: Node) -> None:
     draft.graph.erase_node(node)
 
 
-def _full_call(node: Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def full_call(node: Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Op, arguments and keywords of the full branch of a routed attention."""
     return torch.ops.fluxc.attention.default, _qkv(node), _common(node)
 
 
-def _sparse_call(node: Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def sparse_call(node: Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Op, arguments and keywords of the sparse branch of a routed attention."""
     settings = settings_of(node)
     kwargs = {**_common(node), "sink": settings.sink, "window": settings.window}
     if settings.kind == "streaming" and not settings.decode_full:  # case 1

@@ -22,6 +22,7 @@ _OURS = {
     "captured": _CAPTURED,
     "scored": _SCORED,
     "routed": _ROUTED,
+    "softened": _LOWERED,
     "lowered": _LOWERED,
     "prefill": _ROUTED,
     "decode": ("decode_attention", "kv_write", "grouped_mm"),

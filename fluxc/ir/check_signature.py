@@ -19,6 +19,8 @@ from fluxc.signature import (
     KV_TYPES,
     ROUTED_INPUTS,
     ROUTED_OUTPUTS,
+    SOFTENED_INPUTS,
+    SOFTENED_OUTPUTS,
 )
 
 _SCORED_INPUTS = tuple(name for name in ROUTED_INPUTS if name != "route_bias")
@@ -26,6 +28,7 @@ _NAMES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "captured": (CAPTURED_INPUTS, CAPTURED_OUTPUTS),
     "scored": (_SCORED_INPUTS, ("logits", "scores")),
     "routed": (ROUTED_INPUTS, ROUTED_OUTPUTS),
+    "softened": (SOFTENED_INPUTS, SOFTENED_OUTPUTS),
     "lowered": (ROUTED_INPUTS, ROUTED_OUTPUTS),
     "prefill": (ROUTED_INPUTS, ROUTED_OUTPUTS),
     "decode": (DECODE_INPUTS, CAPTURED_OUTPUTS),
@@ -42,6 +45,9 @@ _TYPES: dict[str, tuple[torch.dtype | None, str]] = {
     "logits": (None, "BNV"),
     "routes": (torch.bool, "LB"),
     "scores": (torch.float32, "LB"),
+    "noise": (torch.float32, "LB"),
+    "tau": (torch.float32, ""),
+    "weights": (torch.float32, "LB"),
     "cache": (None, "G2HTD"),
     **{name: (getattr(torch, dtype), axes) for name, (dtype, axes) in KV_TYPES.items()},
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -21,10 +22,17 @@ ATTENTIONS = ("attention", "routed_attention", "streaming_attention", "triangle_
 
 
 def attention_nodes(graph: Graph) -> list[Node]:
-    """Nodes that attend, one for each layer, in graph order; a cond counts as the attention it holds."""
+    """Nodes that attend, one for each layer, in graph order; a cond counts as the attention it holds.
+
+    Where both branches of a layer run (softened programs), the first of them stands for it.
+    """
     ops = [getattr(torch.ops.fluxc, name) for name in ATTENTIONS if hasattr(torch.ops.fluxc, name)]
     ops.append(torch.ops.higher_order.cond)
-    return [node for node in graph.nodes if any(is_call(node, op) for op in ops)]
+    found = [node for node in graph.nodes if any(is_call(node, op) for op in ops)]
+    firsts: dict[Any, Node] = {}
+    for node in found:
+        firsts.setdefault(node.kwargs.get("layer", node), node)
+    return list(firsts.values())
 
 
 def layer_stages(graph: Graph) -> dict[Node, int]:

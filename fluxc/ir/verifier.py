@@ -5,6 +5,7 @@
 | captured | capture, canonicalize | the captured signature; one `fluxc::attention` for each attention |
 | scored | insert-routers | a router and a score for each routable attention; not yet used |
 | routed | route-attention, apply-plan | the routed signature; `routed_attention` where it is routable |
+| softened | soften-conditionals | both branches of each routable attention, mixed by weights; routers alone train |
 | lowered | lower-to-cond | batch 1; a cond where it was routed |
 | prefill | expose-kv | routed or captured, batch 1; keys and values among the outputs |
 | decode | insert-kv-cache | length 1; every attention writes to the cache and reads it; no router |
@@ -24,6 +25,7 @@ from fluxc.ir.check_conds import cond_problems
 from fluxc.ir.check_kv import cache_problems, prefill_problems
 from fluxc.ir.check_routes import attention_problems, route_problems, router_problems
 from fluxc.ir.check_signature import signature_problems
+from fluxc.ir.check_soft import soft_problems
 
 Check = Callable[[ExportedProgram, str], Iterator[str]]
 
@@ -31,6 +33,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
     "captured": (signature_problems, call_problems, attention_problems),
     "scored": (signature_problems, call_problems, attention_problems, router_problems),
     "routed": (signature_problems, call_problems, attention_problems, router_problems, route_problems),
+    "softened": (signature_problems, call_problems, attention_problems, router_problems, soft_problems),
     "lowered": (signature_problems, call_problems, attention_problems, router_problems, cond_problems),
     "prefill": (signature_problems, call_problems, attention_problems, prefill_problems),
     "decode": (signature_problems, call_problems, cache_problems),

@@ -17,6 +17,7 @@ from fluxc.passes.expose_kv import ExposeKV
 from fluxc.passes.insert_kv_cache import InsertKVCache
 from fluxc.passes.insert_routers import InsertRouters
 from fluxc.passes.lower_to_cond import LowerToCond
+from fluxc.passes.soften_conditionals import SoftenConditionals
 from fluxc.testing import ToyConfig, toy_inputs, toy_module
 
 kernels.register()
@@ -32,6 +33,7 @@ def programs(toy, toy_routed):
         "captured": captured,
         "scored": InsertRouters().apply(captured).program,
         "routed": routed,
+        "softened": SoftenConditionals().apply(routed).program,
         "lowered": LowerToCond().apply(routed).program,
         "prefill": ExposeKV().apply(routed).program,
         "decode": InsertKVCache().apply(captured).program,
