@@ -127,7 +127,8 @@ def wrong_blocks(scorer: str, stride: int) -> float:
     q, k, _ = operands(Case("block_scores", 2048 + 77), DTYPE)
     how = {"scale": 128**-0.5, "layer": 0, "block": BLOCK, "stride": stride, "threshold": THRESHOLD, "scorer": scorer}
     blocks = -(-q.shape[2] // BLOCK)
-    found = visible(*torch.ops.fluxc.block_scores(q, k, **how), blocks, 1)
+    index, counts = torch.ops.fluxc.block_scores(q, k, **how)
+    found = visible(index, counts, blocks, 1)
     wanted = visible(*block_scores(q.float(), k.float(), **how), blocks, 1)
     sums = block_sums(q.float(), k.float(), 128**-0.5, BLOCK, stride, scorer)
     edge = sums.masked_fill(~wanted, torch.inf).amin(-1, keepdim=True)

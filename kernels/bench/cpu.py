@@ -66,7 +66,10 @@ def prefill(lengths: Sequence[int], rounds: int, clock: str, dtype: str = "float
         for S in lengths:
             for row in measure(case, S, kind, rounds, CLOCKS[clock]):
                 sizes = {"shape": f"{case.H}/{case.Hk} x {case.D}", "sink": case.sink, "window": case.window}
-                found = {"op": row.op.replace("sdpa", "attention"), "by": "SDPA" if row.op == "sdpa" else "ours"}
+                found: dict[str, Any] = {
+                    "op": row.op.replace("sdpa", "attention"),
+                    "by": "SDPA" if row.op == "sdpa" else "ours",
+                }
                 found |= {"length": S, **sizes, "dtype": dtype, "ms": row.milliseconds, "speedup": row.ratio}
                 yield found | {"of_ideal": row.ratio / row.ideal}
 
@@ -78,9 +81,12 @@ def decode(lengths: Sequence[int], rounds: int, clock: str) -> Iterator[dict[str
     for case in CASES:
         for length in lengths:
             steps = [_step(case, length, seed) for seed in range(4)]
-            runs = {"SDPA, contiguous": _contiguous, "ours, paged": functools.partial(_paged, case)}
-            wanted = [run(steps[0]) for run in runs.values()]
-            if not torch.allclose(*wanted, rtol=1e-4, atol=1e-5):
+            runs: dict[str, Callable[..., Tensor]] = {
+                "SDPA, contiguous": _contiguous,
+                "ours, paged": functools.partial(_paged, case),
+            }
+            dense, paged = (run(steps[0]) for run in runs.values())
+            if not torch.allclose(dense, paged, rtol=1e-4, atol=1e-5):
                 raise InternalError("decode_attention and SDPA disagree: no times are shown")
             times: dict[str, list[float]] = {name: [] for name in runs}
             for n in range(rounds * 8 + 4):

@@ -64,8 +64,9 @@ def _grouped(case: Case, routes: list[bool]) -> Any:
 
     def run(x: Operands) -> Tensor:
         out = x[0].new_empty(BATCH, case.length, case.shape.heads, case.shape.width)
+        q, k, v = (y[full] for y in x)
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            dense = F.scaled_dot_product_attention(*(y[full] for y in x), is_causal=True, enable_gqa=True)
+            dense = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         out[full] = dense.transpose(1, 2)
         q, k, v = (y[rest] for y in x)
         out[rest] = attend(q, k, v, _call(case))
