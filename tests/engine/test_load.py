@@ -12,7 +12,7 @@ import torch
 
 from fluxc.capture.api import capture
 from fluxc.engine.load import engine_of, load
-from fluxc.errors import ArchiveError, OptionError, PlanError
+from fluxc.errors import ArchiveError, DataError, OptionError, PlanError
 from fluxc.ir.sparse import SparseSettings
 from fluxc.runtime.model import FluxModel, load_flux
 from fluxc.testing import tiny_llama, tiny_tokenizer
@@ -40,6 +40,8 @@ def model(source, tmp_path_factory) -> FluxModel:
 @pytest.fixture(scope="module")
 def engine(model):
     with engine_of(model, max_batch=4) as made:
+        # What nobody wrote must not be read, not even with a weight of 0.
+        made.scheduler.runner.cache.fill_(torch.nan)
         yield made
         assert made.scheduler.keeper.pool.used == 0
 
@@ -65,6 +67,21 @@ def test_any_routes_equal_recomputation(engine, model, length):
         assert_recomputed(model, [*ids(length), *found.tokens], length, routes, 40)
         page = 64 * 2 * 2 * 8 * 4
         assert 0 <= found.kv_bytes.measured - found.kv_bytes.planned < 3 * page
+
+
+def test_a_sparse_cache_of_a_long_prompt_is_sink_and_window(tmp_path):
+    found = capture(tiny_llama(max_position_embeddings=40_000))
+    model = load_flux(flux_of(tmp_path / "model.flux", found.program, found.meta).path)
+    page = 64 * 2 * 2 * 8 * 4
+    with engine_of(model, kv_memory=2 * page) as engine:
+        sparse = engine.generate(ids(32_768, vocabulary=97), budget=0.0, max_new_tokens=3, eos_token_id=[])
+        assert sparse.sparse_ratio == 1.0
+        assert sparse.kv_bytes.planned == 2 * 16 * page // 64
+        assert sparse.kv_bytes.measured == 2 * page
+        # In transit: the keys and values of one layer.
+        assert sparse.kv_bytes.peak <= 2 * page + 32_768 * page // 64
+        with pytest.raises(DataError, match="needs 1026 pages"):
+            engine.generate(ids(32_768, vocabulary=97), budget=1.0, max_new_tokens=3)
 
 
 def test_routes_are_those_of_the_routed_program_and_bit_equal_in_a_batch(engine, model):
