@@ -18,7 +18,7 @@ class LayerKV:
     """Keys (after RoPE) and values of one attention layer of a prefill.
 
     `index` is a in 0..A-1; k, v [1,Hk,S,D]; `route`: full (True) or sparse (False), None for a layer that is not
-    routable. k and v may be views; nothing but the holder of this object keeps them alive.
+    routable. k and v have storages of their own that nothing but the holder of this object keeps alive.
     """
 
     index: int
