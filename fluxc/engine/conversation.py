@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Self
 
@@ -14,15 +15,30 @@ from fluxc.errors import DataError
 class Conversation:
     """Made by `Engine.conversation()`, given to `generate` and `submit`. `close` (or `with`) gives its pages back.
 
+    A conversation that is forgotten gives them back too, a moment later: `forget` does not wait, `release` does.
+
     `messages`: what was said so far, where turns are chat messages; a turn then holds the new messages alone. Pages of
     a conversation that waits may be taken for running requests: its next turn computes them again.
     """
 
-    def __init__(self, release: Callable[[TokenSequence], None]) -> None:
-        self.sequence: TokenSequence | None = None
+    def __init__(
+        self, release: Callable[[TokenSequence], None], forget: Callable[[TokenSequence], None] | None = None
+    ) -> None:
         self.messages: list[dict[str, Any]] = []
         self.running = False
+        # In a list of its own, so that the finalizer sees the last one without holding the conversation.
+        self._kept: list[TokenSequence] = []
         self._release = release
+        weakref.finalize(self, _release_all, self._kept, forget or release)
+
+    @property
+    def sequence(self) -> TokenSequence | None:
+        """What is kept; None before the first turn."""
+        return self._kept[0] if self._kept else None
+
+    @sequence.setter
+    def sequence(self, value: TokenSequence | None) -> None:
+        self._kept[:] = [] if value is None else [value]
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -37,9 +53,8 @@ class Conversation:
     def close(self) -> None:
         """Give back the pages; the conversation starts anew."""
         self.check_free()
-        if self.sequence is not None:
-            self._release(self.sequence)
-        self.sequence, self.messages = None, []
+        _release_all(self._kept, self._release)
+        self.messages = []
 
     def begin(self, sequence: TokenSequence, prompt: Prompt) -> Callable[[Generation], None]:
         """A turn is submitted; returns what is to be called with its result."""
@@ -102,6 +117,11 @@ class Conversation:
     def __exit__(self, *exc: object) -> None:
         if not self.running:
             self.close()
+
+
+def _release_all(kept: list[TokenSequence], release: Callable[[TokenSequence], None]) -> None:
+    while kept:
+        release(kept.pop())
 
 
 def messages_of(prompt: Any) -> list[dict[str, Any]]:

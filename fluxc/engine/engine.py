@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self, overload
@@ -18,6 +19,7 @@ from fluxc.engine.programs import Programs
 from fluxc.engine.request import Request
 from fluxc.engine.result import Generation, KvBytes, Piece
 from fluxc.engine.scheduler import Scheduler
+from fluxc.engine.sequence import TokenSequence
 from fluxc.engine.text import Prompt, is_batch
 from fluxc.engine.worker import Worker
 from fluxc.errors import DataError, OptionError
@@ -63,8 +65,14 @@ class Engine:
 
     def conversation(self) -> Conversation:
         """An empty conversation, whose cache is kept between turns."""
-        keeper = self.scheduler.keeper
-        return Conversation(lambda sequence: self._worker.call(lambda: keeper.close(sequence)))
+        worker, close = self._worker, self.scheduler.keeper.close
+
+        def forget(sequence: TokenSequence) -> None:
+            # A closed engine has nothing left to give back.
+            with contextlib.suppress(DataError):
+                worker.put(lambda: close(sequence))
+
+        return Conversation(lambda sequence: worker.call(lambda: close(sequence)), forget)
 
     @overload
     def generate(self, prompt: Prompt, *, stream: Literal[True], **options: Any) -> Iterator[Piece]: ...

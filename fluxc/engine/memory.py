@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,7 @@ from fluxc.engine.programs import Programs
 from fluxc.errors import OptionError
 from fluxc.plan import Plan
 
+MEMINFO = Path("/proc/meminfo")
 CONTEXT = 32_768
 """Tokens a request is taken to have at most where the model does not say."""
 
@@ -19,12 +21,16 @@ CONTEXT = 32_768
 def pool_pages(programs: Programs, plan: Plan, options: EngineOptions) -> int:
     """Pages of the pool: `kv_memory`, or enough for `max_batch` whole contexts within half of what is free.
 
-    Raises OptionError where that is not one page a layer.
+    Raises OptionError where that is not one page a layer, and for a kv_memory that is not free.
     """
-    size = demand.page_bytes(programs.layers, programs.dtype)
-    wanted = demand.pages(programs.layers, plan, [True] * len(plan.layers), programs.context or CONTEXT)
-    fits = free_bytes(programs.device) // 2 // size if options.kv_memory is None else options.kv_memory // size
-    pages = min(fits, options.max_batch * wanted) if options.kv_memory is None else fits
+    size, free = demand.page_bytes(programs.layers, programs.dtype), free_bytes(programs.device)
+    if options.kv_memory is None:
+        whole = demand.pages(programs.layers, plan, [True] * len(plan.layers), programs.context or CONTEXT)
+        pages = min(free // 2 // size, options.max_batch * whole)
+    elif options.kv_memory > free:
+        raise OptionError(f"kv_memory of {options.kv_memory:,} bytes is more than the {free:,} bytes that are free")
+    else:
+        pages = options.kv_memory // size
     if pages < len(programs.layers):
         raise OptionError(
             f"{pages * size:,} bytes of KV memory are less than one page a layer",
@@ -34,7 +40,11 @@ def pool_pages(programs: Programs, plan: Plan, options: EngineOptions) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that nobody uses now."""
+    """Memory that can be had now, what the system only remembers files in included."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    if MEMINFO.exists():
+        for line in MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

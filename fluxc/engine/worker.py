@@ -17,7 +17,8 @@ class Worker:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._inbox: collections.deque[Command] = collections.deque()
-        self._gate = threading.Lock()
+        # Reentrant: the garbage collector may run a finalizer that puts a command, wherever this thread is.
+        self._gate = threading.RLock()
         self._thread: threading.Thread | None = None
         self._stopped: BaseException | None = None
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import time
 
 import pytest
 import torch
@@ -71,6 +73,19 @@ def test_turns_equal_recomputation_with_the_first_turns_routes(turns, routes, tu
         assert used(engine) == 0
 
 
+def test_a_forgotten_conversation_gives_its_pages_back():
+    with make() as engine:
+        talk = engine.conversation()
+        engine.generate(ids(40), conversation=talk, max_new_tokens=5)
+        assert used(engine) > 0
+        del talk
+        deadline = time.monotonic() + 20
+        while used(engine) and time.monotonic() < deadline:
+            gc.collect()
+        assert used(engine) == 0
+        assert engine.scheduler.keeper.idle == []
+
+
 def test_a_reroute_computes_the_whole_text_as_one_prompt():
     with make() as engine, engine.conversation() as talk:
         engine.generate(ids(40), conversation=talk, routes=[True, False], max_new_tokens=5)
@@ -124,6 +139,7 @@ def test_the_context_counts_all_turns():
 class Chat:
     """A tokenizer of single characters with a chat template, for a vocabulary of 61."""
 
+    chat_template = "in Python, below"
     letters = "".join(map(chr, range(64, 122)))
 
     def __call__(self, text, add_special_tokens=True):

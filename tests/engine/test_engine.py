@@ -211,6 +211,14 @@ def test_a_list_longer_than_the_batch_waits_its_turn():
         assert {call for call in engine.programs.calls if call.startswith("decode")} <= {"decode 1", "decode 2"}
 
 
+def test_a_pool_takes_no_more_than_there_is():
+    with pytest.raises(OptionError, match=r"kv_memory of .* is more than the .* bytes that are free"):
+        make(kv_memory=2**60)
+    with make() as engine:
+        # 16 requests of the whole context: two layers of 8 pages, one with a ring of 5 slots.
+        assert engine.scheduler.keeper.pool.total == 16 * 17
+
+
 def test_a_pool_must_hold_a_page_a_layer():
     with pytest.raises(OptionError, match="less than one page a layer"):
         make(kv_memory=5000)

@@ -96,8 +96,9 @@ def test_routes_are_those_of_the_routed_program_and_bit_equal_in_a_batch(engine,
         assert mate.tokens == one.tokens
 
 
-def test_turns_equal_recomputation(engine, model):
-    with engine.conversation() as talk:
+@pytest.mark.parametrize("turn_tokens", [1, 7, 1024])
+def test_turns_equal_recomputation(model, turn_tokens):
+    with engine_of(model, turn_tokens=turn_tokens) as engine, engine.conversation() as talk:
         routes, prompt = [False, True, False], ids(70)
         first = engine.generate(prompt, conversation=talk, routes=routes, max_new_tokens=20, eos_token_id=[])
         known = [*prompt, *first.tokens]
