@@ -61,6 +61,8 @@ class Runner:
                 yield None
             else:
                 return
+            # A layer's keys and values must not live on while the next layer is computed.
+            del item
 
     def _prefill_items(self, sequence: TokenSequence) -> Iterator[LayerKV | Prefilled]:
         device = self.programs.device
@@ -76,6 +78,7 @@ class Runner:
             if item is None:
                 return
             yield item
+            del item
 
     def _keep(self, sequence: TokenSequence, item: LayerKV, room: Room) -> bool:
         """Write what survives of one layer's prefill into pages of its own; False where there is no room."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from fluxc.engine.engine import Engine
 from fluxc.engine.options import EngineOptions
+from fluxc.engine.programs import LayerKV
 from fluxc.errors import DataError
 from fluxc.kernels.schemas import PAGE
 from fluxc.toy_engine import ToyPrograms, toy_plan
@@ -81,6 +84,27 @@ def test_planned_and_measured_bytes():
     # float64 programs under a plan that counts float32.
     assert found.kv_bytes.planned * 2 == (229 + 5 + 12) * 2 * 4 * 8
     assert found.kv_bytes.peak >= found.kv_bytes.measured + 200 * 2 * 4 * 8 - 2 * page_bytes
+
+
+def test_keys_of_one_layer_are_in_transit_at_a_time(monkeypatch):
+    engine = make()
+    prefill = engine.programs.prefill
+    alive: list[weakref.ref] = []
+
+    def watched(*args, **kwargs):
+        for item in prefill(*args, **kwargs):
+            assert [ref for ref in alive if ref() is not None] == []
+            if isinstance(item, LayerKV):
+                k = item.k.clone()
+                alive.append(weakref.ref(k))
+                item = dataclasses.replace(item, k=k)
+                del k
+            yield item
+            del item
+
+    monkeypatch.setattr(engine.programs, "prefill", watched)
+    (found,) = drive(engine, engine.prepare(ids(30), max_new_tokens=2))
+    assert (len(found.tokens), len(alive)) == (2, 3)
 
 
 def test_answers_do_not_depend_on_batch_mates():
