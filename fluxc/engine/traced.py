@@ -162,7 +162,7 @@ def _attend(run: PrefillRun, layer: LayerPieces, index: int, routable: bool) -> 
     flag = _Flag(route[layer.route]) if layer.route else None
     kept = _step(run, layer.attend, (layer.k, layer.v))
     is_full = flag.read() if flag else (True if routable else None)
-    return LayerKV(index, *(_alone(kept[name]) for name in (layer.k, layer.v)), is_full)
+    return LayerKV(index, _alone(kept[layer.k]), _alone(kept[layer.v]), is_full)
 
 
 def _alone(x: Tensor) -> Tensor:
