@@ -14,6 +14,7 @@ _VERBS: dict[str, str] = {
     "capture": "fluxc.capture.api",
     "transform": "fluxc.calibrate.transform",
     "calibrate": "fluxc.calibrate.retarget",
+    "train": "fluxc.train.api",
     "load": "fluxc.engine.load",
 }
 

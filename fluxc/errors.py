@@ -50,6 +50,10 @@ class DataError(UserError):
     """A prompt file has a bad line (its number is in the text), or holds nothing usable."""
 
 
+class TrainingError(UserError):
+    """Training cannot go on: a loss that is not finite, or a checkpoint of another run."""
+
+
 class PlanError(UserError):
     """A plan does not fit the model, or asks for a budget it was not calibrated for."""
 

@@ -22,7 +22,7 @@ def test_everything_listed_can_be_had() -> None:
         assert getattr(fluxc, name) is not None
 
 
-@pytest.mark.parametrize("name", ["capture", "calibrate"])
+@pytest.mark.parametrize("name", ["capture", "calibrate", "train"])
 def test_a_verb_that_is_a_package_too_can_be_called_again(name: str) -> None:
     importlib.import_module(f"fluxc.{name}")
     with pytest.raises(TypeError, match="argument"):

@@ -181,8 +181,8 @@ class Calibration:
         return Plan(info, options.pool, options.decode, layers, routing.curve, options.budget, **more)  # type: ignore[arg-type]
 
     def _plan(self, settings: SparseSettings, routing: Routing, verified: Verification) -> Plan:
-        achieved = {f"{self.options.budget:g}": _achieved(verified)}
-        return self._bare_plan(settings, routing, achieved=achieved, calibration=self._origin())
+        shown = {f"{self.options.budget:g}": achieved(verified)}
+        return self._bare_plan(settings, routing, achieved=shown, calibration=self._origin())
 
     def _origin(self) -> dict[str, Any]:
         sets = self.sets
@@ -218,7 +218,8 @@ class Calibration:
         }
 
 
-def _achieved(verified: Verification) -> dict[str, Any]:
+def achieved(verified: Verification) -> dict[str, Any]:
+    """What a plan remembers of a verification at its budget."""
     total = verified.routed["all"]
     return {
         "prompts": total.prompts,

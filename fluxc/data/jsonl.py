@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,19 @@ def read_jsonl(path: str | Path) -> list[Prompt]:
 
 def tokenize_jsonl(path: str | Path, tokenizer: Any, context: int, chat: bool = True) -> list[TokenizedPrompt]:
     """As `read_jsonl`, tokenized. Raises DataError for a prompt that with its answer has more than `context` tokens."""
+    return _fitting(_numbered(Path(path)), tokenizer, context, chat)
+
+
+def tokenize_rows(
+    rows: Iterable[tuple[str, dict[str, Any]]], tokenizer: Any, context: int, chat: bool = True
+) -> list[TokenizedPrompt]:
+    """As `tokenize_jsonl`, of rows that were read already; each comes with its name for error messages."""
+    return _fitting([(where, prompt_of(entry, where)) for where, entry in rows], tokenizer, context, chat)
+
+
+def _fitting(prompts: list[tuple[str, Prompt]], tokenizer: Any, context: int, chat: bool) -> list[TokenizedPrompt]:
     out = []
-    for where, prompt in _numbered(Path(path)):
+    for where, prompt in prompts:
         built = tokenize(prompt, tokenizer, chat)
         if len(built) > context:
             raise DataError(
@@ -40,7 +51,7 @@ def tokenize_jsonl(path: str | Path, tokenizer: Any, context: int, chat: bool = 
 
 
 def _numbered(path: Path) -> list[tuple[str, Prompt]]:
-    found = [(where, _prompt(line, where)) for where, line in _lines(path) if line.strip()]
+    found = [(where, prompt_of(_object(line, where), where)) for where, line in _lines(path) if line.strip()]
     if not found:
         raise DataError(f"{path} holds no prompts", hint='each line is an object such as {"prompt": "..."}')
     return found
@@ -58,8 +69,8 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         yield f"{path}, line {number}", line
 
 
-def _prompt(line: str, where: str) -> Prompt:
-    entry = _object(line, where)
+def prompt_of(entry: dict[str, Any], where: str) -> Prompt:
+    """The prompt of one object; `where` names it in the DataError raised for one that cannot be used."""
     _check_keys(entry, where)
     answer = entry.get("answer") or ""
     return Prompt(

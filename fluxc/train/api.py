@@ -1,0 +1,178 @@
+"""`fluxc.train`: a calibrated model.flux gets routers trained end to end, and a curve fitted to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxc.artifact import update_flux
+from fluxc.calibrate.calibration import achieved
+from fluxc.calibrate.verify import Verification, verify
+from fluxc.errors import OptionError
+from fluxc.flux_dir import open_flux
+from fluxc.ir.graph import runnable
+from fluxc.plan import Plan
+from fluxc.progress import SILENT, Progress
+from fluxc.runtime.model import FluxModel
+from fluxc.train.checkpoint import Checkpoints
+from fluxc.train.curve import POINTS, refit_curve
+from fluxc.train.data import TrainData, training_data
+from fluxc.train.log import Log
+from fluxc.train.options import TrainOptions
+from fluxc.train.program import Trainable, trainable
+from fluxc.train.report import collapse, said
+from fluxc.train.trainer import StepRecord, Trainer
+
+LOG = "training.csv"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What `train` made: the model.flux it changed, its new plan, and how it went (plain values)."""
+
+    path: Path
+    plan: Plan
+    report: dict[str, Any]
+
+
+def train(
+    path: str | Path,
+    *,
+    data: str | Path | None = None,
+    options: TrainOptions | None = None,
+    tokenizer: Any = None,
+    device: str = "cpu",
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Trained:
+    """Train the routers of a model.flux directory in place: its routers, plan and measurements change, nothing else.
+
+    `data`: a JSONL file or a folder of Hugging Face `datasets`, None for generated prompts. A run that was interrupted
+    goes on from its last checkpoint, kept beside the directory, unless `force` is set. The plan's budget stays; its
+    curve is fitted to the new scores, so that every budget can still be asked for.
+
+    Raises ArchiveError for a directory that is damaged, DataError for data that cannot be used or a task without a
+    target, OptionError for a budget of 0 or 1 with calibrated routers, TrainingError where the loss is not finite or a
+    checkpoint belongs to another run. Nothing is changed then.
+    """
+    options = options or TrainOptions()
+    started = time.perf_counter()
+    flux = open_flux(path)
+    bias = training_bias(flux.plan, options)
+    tokenizer = tokenizer or FluxModel(flux).tokenizer
+    progress.start("reading data")
+    prompts = training_data(options, data, tokenizer, flux.plan, progress)
+    targets = targets_of(prompts, options, flux.plan.budget)
+    program = trainable(flux, options, device)
+    trainer = Trainer(program, prompts.train, bias, targets, options, device)
+    work = work_folder(flux.path)
+    run = {
+        "model": flux.plan.model.weights,
+        "plan": flux.plan.digest(),
+        "options": options.digest(),
+        "data": prompts.digest(),
+    }
+    checkpoints = Checkpoints(work / CHECKPOINTS, run)
+    if force:
+        shutil.rmtree(work, ignore_errors=True)
+    last = _run(trainer, checkpoints, work, progress)
+    plan, verified = _finish(flux.plan, program, prompts, device, progress)
+    report = _report(options, prompts, last, verified, trainer) | {"seconds": round(time.perf_counter() - started, 1)}
+    for warning in report["warnings"]:
+        progress.note(warning)
+    files = {"training.json": json.dumps(report, indent=1), LOG: (work / LOG).read_text()}
+    plan = dataclasses.replace(plan, calibration={**plan.calibration, "training": _origin(options, prompts)})
+    update_flux(flux.path, plan, program.trained(), files)
+    shutil.rmtree(work, ignore_errors=True)
+    return Trained(flux.path, plan, report)
+
+
+def work_folder(path: Path) -> Path:
+    """Where a run keeps its log and checkpoints until it is done."""
+    return path.with_name(path.name + ".training")
+
+
+def training_bias(plan: Plan, options: TrainOptions) -> Tensor:
+    """The route_bias f32[L] under which routers are trained: the plan's, or none for fresh ones; pins hold."""
+    pins = [{"full": math.inf, "sparse": -math.inf}.get(layer.pin or "", 0.0) for layer in plan.layers]
+    if options.start == "fresh":
+        return torch.tensor(pins)
+    bias = torch.tensor(plan.bias())
+    if not bool(bias.isfinite().any()):
+        raise OptionError(
+            f"at budget {plan.budget:g} no route is left to a router", hint="fluxc calibrate MODEL.flux --budget 0.4"
+        )
+    return bias
+
+
+def targets_of(prompts: TrainData, options: TrainOptions, budget: float) -> dict[str, float]:
+    """The Ω target of each task in the data, in alphabetical order. Raises DataError for a task without one."""
+    return {task: options.target_of(task, budget) for task in sorted({p.task for p in prompts.train})}
+
+
+def _run(trainer: Trainer, checkpoints: Checkpoints, work: Path, progress: Progress) -> StepRecord | None:
+    """Train to the last step; whatever stops it, the last whole state is kept."""
+    options = trainer.options
+    done = checkpoints.restore(trainer)
+    if done:
+        progress.note(f"going on after step {done}")
+    log = Log(work / LOG, done)
+    progress.start("training", options.steps - done)
+    record = None
+    try:
+        while trainer.step < options.steps:
+            record = trainer.run_step()
+            log.add(record)
+            progress.advance()
+            if trainer.step % max(1, options.steps // 10) == 0:
+                progress.note(said(record, options.steps))
+            if trainer.step % options.save_every == 0:
+                checkpoints.save(trainer)
+    finally:
+        log.close()
+        if trainer.is_whole and trainer.step:
+            checkpoints.save(trainer)
+    return record
+
+
+def _finish(
+    plan: Plan, program: Trainable, prompts: TrainData, device: str, progress: Progress
+) -> tuple[Plan, Verification]:
+    """The plan with a curve for the trained routers, and what held-out prompts show."""
+    module = runnable(program.with_trained())
+    progress.start("finding thresholds", len(POINTS) * len(prompts.curve))
+    curve = refit_curve(module, len(program.layers), prompts.curve, device, progress.advance)
+    plan = dataclasses.replace(plan, curve=curve, achieved={})
+    progress.start("verifying on held-out prompts", 2 * len(prompts.heldout))
+    verified = verify(module, prompts.heldout, torch.tensor(plan.bias()).to(device), progress.advance)
+    return dataclasses.replace(plan, achieved={f"{plan.budget:g}": achieved(verified)}), verified
+
+
+def _report(
+    options: TrainOptions, prompts: TrainData, last: StepRecord | None, verified: Verification, trainer: Trainer
+) -> dict[str, Any]:
+    return {
+        "options": options.to_dict(),
+        "data": _origin(options, prompts),
+        "last": dataclasses.asdict(last) if last else None,
+        "multipliers": dict(zip(trainer.multipliers.tasks, trainer.multipliers.values.tolist(), strict=True)),
+        "verified": verified.to_dict(),
+        "warnings": collapse(verified),
+    }
+
+
+def _origin(options: TrainOptions, prompts: TrainData) -> dict[str, Any]:
+    counts = {"train": len(prompts.train), "curve": len(prompts.curve), "heldout": len(prompts.heldout)}
+    return {"steps": options.steps, "seed": options.seed, "options": options.digest(), "origin": prompts.origin} | {
+        "prompts": counts,
+        "digest": prompts.digest(),
+    }
