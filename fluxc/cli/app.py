@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": "fluxc.cli.inspect",
     "transform": "fluxc.cli.transform",
     "calibrate": "fluxc.cli.calibrate",
+    "train": "fluxc.cli.train",
     "run": "fluxc.cli.run",
     "bench": "fluxc.cli.bench",
 }

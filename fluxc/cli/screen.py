@@ -23,7 +23,8 @@ WIDTH = 120
 class Screen:
     """Output of one run of the command line.
 
-    `kept_in` is the folder in which an interrupted command leaves its measurements: commands set it before long work.
+    `kept_in` is the folder in which an interrupted command leaves its measurements, or what `kept_noun` calls them:
+    commands set it before long work.
     """
 
     def __init__(self) -> None:
@@ -31,6 +32,7 @@ class Screen:
         self.quiet = False
         self.debug = False
         self.kept_in: Path | None = None
+        self.kept_noun = "measurement"
         self.stdout = sys.stdout
         self._bars: Bars | None = None
 
@@ -66,7 +68,8 @@ class Screen:
     def kept(self) -> str:
         """What a command that stops now leaves behind, and how to go on; "" for nothing."""
         count = len(list(self.kept_in.iterdir())) if self.kept_in and self.kept_in.is_dir() else 0
-        return f"{count} measurements are kept in {self.kept_in}; the same command resumes" if count else ""
+        kept = f"{self.kept_noun} is" if count == 1 else f"{self.kept_noun}s are"
+        return f"{count} {kept} kept in {self.kept_in}; the same command resumes" if count else ""
 
     def progress(self) -> Progress:
         """Bars on stderr for a library function, silent under `--quiet`."""

@@ -17,15 +17,16 @@ from fluxc.artifact import update_flux
 from fluxc.calibrate.calibration import achieved
 from fluxc.calibrate.verify import Verification, verify
 from fluxc.errors import OptionError
-from fluxc.flux_dir import open_flux
+from fluxc.flux_dir import FluxDir, open_flux
 from fluxc.ir.graph import runnable
 from fluxc.plan import Plan
 from fluxc.progress import SILENT, Progress
 from fluxc.runtime.model import FluxModel
+from fluxc.train.batches import micro_batches, step_samples
 from fluxc.train.checkpoint import Checkpoints
 from fluxc.train.curve import POINTS, refit_curve
 from fluxc.train.data import TrainData, training_data
-from fluxc.train.log import Log
+from fluxc.train.log import Log, mean_padding
 from fluxc.train.options import TrainOptions
 from fluxc.train.program import Trainable, trainable
 from fluxc.train.report import collapse, said
@@ -42,6 +43,30 @@ class Trained:
     path: Path
     plan: Plan
     report: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """All that a run starts from: model, data, the Ω target of each task, and the route_bias f32[L] it trains under."""
+
+    flux: FluxDir
+    data: TrainData
+    targets: dict[str, float]
+    bias: Tensor
+    options: TrainOptions
+
+    def names(self) -> dict[str, str]:
+        """Digests of what a checkpoint belongs to."""
+        plan = self.flux.plan
+        made = {"options": self.options.digest(), "data": self.data.digest()}
+        return {"model": plan.model.weights, "plan": plan.digest(), **made}
+
+    def padding(self, steps: int = 20) -> float:
+        """Share of padding among the tokens of the first steps."""
+        options, prompts = self.options, self.data.train
+        samples = [step_samples(prompts, step, options.batch, options.seed) for step in range(steps)]
+        parts = [part for step in samples for part in micro_batches(step, options.micro_tokens)]
+        return 1 - sum(part.valid for part in parts) / sum(part.padded for part in parts)
 
 
 def train(
@@ -64,29 +89,20 @@ def train(
     target, OptionError for a budget of 0 or 1 with calibrated routers, TrainingError where the loss is not finite or a
     checkpoint belongs to another run. Nothing is changed then.
     """
-    options = options or TrainOptions()
     started = time.perf_counter()
-    flux = open_flux(path)
-    bias = training_bias(flux.plan, options)
-    tokenizer = tokenizer or FluxModel(flux).tokenizer
-    progress.start("reading data")
-    prompts = training_data(options, data, tokenizer, flux.plan, progress)
-    targets = targets_of(prompts, options, flux.plan.budget)
+    ready = prepare(path, data=data, options=options, tokenizer=tokenizer, progress=progress)
+    flux, prompts, options = ready.flux, ready.data, ready.options
     program = trainable(flux, options, device)
-    trainer = Trainer(program, prompts.train, bias, targets, options, device)
+    trainer = Trainer(program, prompts.train, ready.bias, ready.targets, options, device)
     work = work_folder(flux.path)
-    run = {
-        "model": flux.plan.model.weights,
-        "plan": flux.plan.digest(),
-        "options": options.digest(),
-        "data": prompts.digest(),
-    }
+    run = ready.names()
     checkpoints = Checkpoints(work / CHECKPOINTS, run)
     if force:
         shutil.rmtree(work, ignore_errors=True)
     last = _run(trainer, checkpoints, work, progress)
     plan, verified = _finish(flux.plan, program, prompts, device, progress)
-    report = _report(options, prompts, last, verified, trainer) | {"seconds": round(time.perf_counter() - started, 1)}
+    report = _report(options, prompts, last, verified, trainer)
+    report |= {"padding": mean_padding(work / LOG), "seconds": round(time.perf_counter() - started, 1)}
     for warning in report["warnings"]:
         progress.note(warning)
     files = {"training.json": json.dumps(report, indent=1), LOG: (work / LOG).read_text()}
@@ -94,6 +110,23 @@ def train(
     update_flux(flux.path, plan, program.trained(), files)
     shutil.rmtree(work, ignore_errors=True)
     return Trained(flux.path, plan, report)
+
+
+def prepare(
+    path: str | Path,
+    *,
+    data: str | Path | None = None,
+    options: TrainOptions | None = None,
+    tokenizer: Any = None,
+    progress: Progress = SILENT,
+) -> Prepared:
+    """Open the model and read the data, and refuse what cannot be trained; see `train`."""
+    options = options or TrainOptions()
+    flux = open_flux(path)
+    bias = training_bias(flux.plan, options)
+    progress.start("reading data")
+    prompts = training_data(options, data, tokenizer or FluxModel(flux).tokenizer, flux.plan, progress)
+    return Prepared(flux, prompts, targets_of(prompts, options, flux.plan.budget), bias, options)
 
 
 def work_folder(path: Path) -> Path:

@@ -62,6 +62,12 @@ def read_log(path: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row["step"] and None not in row.values()]
 
 
+def mean_padding(path: Path) -> float:
+    """Mean share of padding over the steps of a log."""
+    shares = [float(row["padding"]) for row in read_log(path) if row["task"] == ALL]
+    return sum(shares) / len(shares)
+
+
 def _board(folder: Path, start: int) -> Any:
     if importlib.util.find_spec("tensorboard") is None:
         return None
