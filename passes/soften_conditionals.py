@@ -59,7 +59,7 @@ class SoftenConditionals(Pass):
 
     def _soften(self, draft: Draft, node: Node, noise: Node, tau: Node, row: int) -> Node:
         with draft.inserting_before(node):
-            biased: Any = argument(node, "route").args[0]  # type: ignore[union-attr]
+            biased: Any = argument(node, "route").args[0]
             noisy = draft.call(aten.add.Tensor, (biased, draft.call(aten.select.int, (noise, 0, row))))
             weight = draft.call(aten.sigmoid.default, (draft.call(aten.div.Tensor, (noisy, tau)),), name="weight")
             if self.straight_through:

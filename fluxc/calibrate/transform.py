@@ -26,6 +26,7 @@ from fluxc.passes.insert_routers import InsertRouters
 from fluxc.passes.route_attention import RouteAttention
 from fluxc.plan import Plan
 from fluxc.progress import SILENT, Progress
+from fluxc.train.published import check_routers, read_routers, with_published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,7 @@ def transform(
     device: str = "cpu",
     dump_dir: str | Path | None = None,
     link: bool = False,
+    routers: str | Path | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Transformed:
@@ -58,6 +60,7 @@ def transform(
     place of the built-in prompts. `device`: where calibration runs the model (cpu, cuda). Interrupted measurements
     are kept beside the output and taken up by the next call. `dump_dir`: the program after each pass goes there.
     `link`: do not copy the weights, refer to the safetensors files of the Hugging Face directory `model` by hash.
+    `routers`: a safetensors file of trained routers of this model, which take the place of fitted ones.
 
     Raises what `capture` raises; SourceError for a model that cannot be linked to; OptionError and PlanError for
     options out of range; DataError for prompts that cannot be used; OutputExistsError and StorageError before any long
@@ -69,16 +72,19 @@ def transform(
     started = time.perf_counter()
     target = Path(output) if output else default_output(model)
     files = source_files(model) if link else ()
+    published = read_routers(routers) if routers else {}
     captured = capture(model, tokenizer=tokenizer, dtype=dtype, progress=progress)
     links = link_weights(captured.program, files) if link else None
     preflight(target, captured.program, force, needs_weights=not link)
     observers = (Verify(), Dump(dump_dir)) if dump_dir else (Verify(),)
     sets = prompt_sets(options, prompts, load_tokenizer(captured), captured.meta["context"])
     cache = target.with_name(target.name + ".measuring")
-    calibration = Calibration(
-        captured, route(captured.program, options, observers), options, sets, cache, progress, device, observers
-    )
-    found = calibration.run()
+    routed = route(captured.program, options, observers)
+    if published:
+        check_routers(routed, published)
+    found = Calibration(captured, routed, options, sets, cache, progress, device, observers).run()
+    if routers:
+        found = with_published(found, published, Path(routers).name, sets, progress, device)
     report = {**found.report, "seconds": round(time.perf_counter() - started, 1)}
     progress.start("writing")
     write_flux(

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, metavar="INTEGER", show_default=True)
 @click.option("--prompts", type=click.Path(path_type=Path), help="Your prompts: JSONL with prompt, answer, task.")
+@click.option("--routers", type=click.Path(path_type=Path), help="Trained routers of MODEL (safetensors) to use.")
 @click.option("--dump-dir", type=click.Path(path_type=Path), help="Write the program after each pass there.")
 @click.option("--link", is_flag=True, help="Do not copy the weights: refer to the files of the folder MODEL by hash.")
 @dtype_option
@@ -61,6 +62,7 @@ def transform(
     output: Path | None,
     budget: float | None,
     prompts: Path | None,
+    routers: Path | None,
     dump_dir: Path | None,
     dtype: str | None,
     device: str | None,
@@ -82,6 +84,8 @@ def transform(
     target = check_flux(output or library.default_output(model), force)
     if prompts:
         _check_prompts(prompts)
+    if routers:
+        _check_routers(routers)
     linked = source_files(model) if link else ()
     if dry_run:
         return _announce(screen, find(model), target, options, prompts, linked)
@@ -95,6 +99,7 @@ def transform(
         device=chosen_device(device),
         dump_dir=dump_dir,
         link=link,
+        routers=routers,
         force=force,
         progress=screen.progress(),
     )
@@ -113,6 +118,12 @@ def _check_prompts(prompts: Path) -> None:
     from fluxc.data import read_jsonl
 
     read_jsonl(prompts)
+
+
+def _check_routers(routers: Path) -> None:
+    from fluxc.train.published import read_routers
+
+    read_routers(routers)
 
 
 def _announce(

@@ -31,7 +31,7 @@ def soft_problems(program: ExportedProgram, stage: str) -> Iterator[str]:
 
 def _weight_problems(program: ExportedProgram, branches: list[tuple[Node, Node]]) -> Iterator[str]:
     outputs: Any = program.graph.output_node().args[0]
-    weights = outputs[1] if len(outputs) > 1 else None
+    weights: Any = outputs[1] if len(outputs) > 1 else None
     if not is_call(weights, aten.stack) or len(weights.args[0]) != len(branches):
         yield f"the output weights is not a stack of {len(branches)} weights"
         return

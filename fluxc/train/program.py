@@ -62,7 +62,7 @@ def soften(routed: ExportedProgram, straight_through: bool = False) -> Trainable
 def fresh_routers(routed: ExportedProgram, seed: int) -> dict[str, Tensor]:
     """Untrained weights for all routers of the program, biased to full."""
     pools = calls(routed, torch.ops.fluxc.router_pool)
-    state = {}
+    state: dict[str, Tensor] = {}
     for layer, node in zip(routable_layers(routed), pools, strict=True):
         spec = RouterSpec(int(node.args[0].meta["val"].shape[-1]), argument(node, "pool"))  # type: ignore[union-attr]
         state |= {router_name(layer) + name: tensor for name, tensor in init_router(spec, seed + layer).items()}

@@ -99,7 +99,7 @@ class Trainer:
         learnt = self._with_dense(part, logits, lm)
         price = penalty(weights, tasks, self.multipliers, totals.seen, batch, self._processes.total)
         loss = learnt.sum() / batch + price
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         totals.add(part, loss, lm, tasks)
 
     def _forward(self, part: MicroBatch, step: int) -> tuple[Tensor, Tensor]:
