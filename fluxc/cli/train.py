@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     fluxc train model.flux --data mix.jsonl --target kv=0.7 --target local=0.95
     fluxc train model.flux --preset paper --device cuda --dtype bfloat16
     fluxc train model.flux --steps 20 --dry-run
+    torchrun --nproc-per-node 4 -m fluxc train model.flux
     """,
 )
 @click.argument("flux", metavar="MODEL.flux", type=click.Path(path_type=Path))
@@ -68,6 +70,8 @@ def train(
     options = _options(preset, targets, settings)
     if dry_run:
         return _announce(screen, flux, api.prepare(flux, data=data, options=options, progress=screen.progress()))
+    if int(os.environ.get("RANK", "0")):  # torchrun: the first process speaks for all
+        screen.quiet, screen.json = True, False
     screen.kept_in, screen.kept_noun = api.work_folder(flux) / api.CHECKPOINTS, "checkpoint"
     done = api.train(
         flux, data=data, options=options, device=chosen_device(device), force=force, progress=screen.progress()

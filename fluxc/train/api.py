@@ -26,13 +26,16 @@ from fluxc.train.batches import micro_batches, step_samples
 from fluxc.train.checkpoint import Checkpoints
 from fluxc.train.curve import POINTS, refit_curve
 from fluxc.train.data import TrainData, training_data
-from fluxc.train.log import Log, mean_padding
+from fluxc.train.log import mean_padding
 from fluxc.train.options import TrainOptions
+from fluxc.train.processes import joined
 from fluxc.train.program import Trainable, trainable
-from fluxc.train.report import collapse, said
+from fluxc.train.report import collapse
+from fluxc.train.run import run
 from fluxc.train.trainer import StepRecord, Trainer
 
 LOG = "training.csv"
+REPORT = "training.json"
 CHECKPOINTS = "checkpoints"
 
 
@@ -85,31 +88,46 @@ def train(
     goes on from its last checkpoint, kept beside the directory, unless `force` is set. The plan's budget stays; its
     curve is fitted to the new scores, so that every budget can still be asked for.
 
+    Under torchrun or accelerate launch the processes share each step's prompts, and the first of them writes.
+
     Raises ArchiveError for a directory that is damaged, DataError for data that cannot be used or a task without a
     target, OptionError for a budget of 0 or 1 with calibrated routers, TrainingError where the loss is not finite or a
     checkpoint belongs to another run. Nothing is changed then.
     """
     started = time.perf_counter()
-    ready = prepare(path, data=data, options=options, tokenizer=tokenizer, progress=progress)
-    flux, prompts, options = ready.flux, ready.data, ready.options
-    program = trainable(flux, options, device)
-    trainer = Trainer(program, prompts.train, ready.bias, ready.targets, options, device)
+    with joined(device) as processes:
+        device = processes.device
+        ready = prepare(path, data=data, options=options, tokenizer=tokenizer, progress=progress)
+        flux, prompts, options = ready.flux, ready.data, ready.options
+        program = trainable(flux, options, device)
+        trainer = Trainer(program, prompts.train, ready.bias, ready.targets, options, device, processes)
+        work = work_folder(flux.path)
+        if force and processes.is_first:
+            shutil.rmtree(work, ignore_errors=True)
+        processes.wait()
+        last = run(trainer, Checkpoints(work / CHECKPOINTS, ready.names()), work / LOG, processes, progress)
+        if processes.is_first:
+            plan, verified = _finish(flux.plan, program, prompts, device, progress)
+            report = _report(options, prompts, last, verified, trainer)
+            report |= {"padding": mean_padding(work / LOG), "seconds": round(time.perf_counter() - started, 1)}
+            _write(flux, dataclasses.replace(plan, calibration=_calibration(plan, options, prompts)), program, report)
+            for warning in report["warnings"]:
+                progress.note(warning)
+        processes.wait()
+        return _written(flux.path)
+
+
+def _write(flux: FluxDir, plan: Plan, program: Trainable, report: dict[str, Any]) -> None:
     work = work_folder(flux.path)
-    run = ready.names()
-    checkpoints = Checkpoints(work / CHECKPOINTS, run)
-    if force:
-        shutil.rmtree(work, ignore_errors=True)
-    last = _run(trainer, checkpoints, work, progress)
-    plan, verified = _finish(flux.plan, program, prompts, device, progress)
-    report = _report(options, prompts, last, verified, trainer)
-    report |= {"padding": mean_padding(work / LOG), "seconds": round(time.perf_counter() - started, 1)}
-    for warning in report["warnings"]:
-        progress.note(warning)
-    files = {"training.json": json.dumps(report, indent=1), LOG: (work / LOG).read_text()}
-    plan = dataclasses.replace(plan, calibration={**plan.calibration, "training": _origin(options, prompts)})
+    files = {REPORT: json.dumps(report, indent=1), LOG: (work / LOG).read_text()}
     update_flux(flux.path, plan, program.trained(), files)
     shutil.rmtree(work, ignore_errors=True)
-    return Trained(flux.path, plan, report)
+
+
+def _written(path: Path) -> Trained:
+    """What every process returns: the model as it is now on the disk."""
+    flux = open_flux(path, verify_weights=False)
+    return Trained(path, flux.plan, json.loads((path / "measurements" / REPORT).read_text()))
 
 
 def prepare(
@@ -152,31 +170,6 @@ def targets_of(prompts: TrainData, options: TrainOptions, budget: float) -> dict
     return {task: options.target_of(task, budget) for task in sorted({p.task for p in prompts.train})}
 
 
-def _run(trainer: Trainer, checkpoints: Checkpoints, work: Path, progress: Progress) -> StepRecord | None:
-    """Train to the last step; whatever stops it, the last whole state is kept."""
-    options = trainer.options
-    done = checkpoints.restore(trainer)
-    if done:
-        progress.note(f"going on after step {done}")
-    log = Log(work / LOG, done)
-    progress.start("training", options.steps - done)
-    record = None
-    try:
-        while trainer.step < options.steps:
-            record = trainer.run_step()
-            log.add(record)
-            progress.advance()
-            if trainer.step % max(1, options.steps // 10) == 0:
-                progress.note(said(record, options.steps))
-            if trainer.step % options.save_every == 0:
-                checkpoints.save(trainer)
-    finally:
-        log.close()
-        if trainer.is_whole and trainer.step:
-            checkpoints.save(trainer)
-    return record
-
-
 def _finish(
     plan: Plan, program: Trainable, prompts: TrainData, device: str, progress: Progress
 ) -> tuple[Plan, Verification]:
@@ -201,6 +194,10 @@ def _report(
         "verified": verified.to_dict(),
         "warnings": collapse(verified),
     }
+
+
+def _calibration(plan: Plan, options: TrainOptions, prompts: TrainData) -> dict[str, Any]:
+    return {**plan.calibration, "training": _origin(options, prompts)}
 
 
 def _origin(options: TrainOptions, prompts: TrainData) -> dict[str, Any]:

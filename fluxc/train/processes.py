@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -11,14 +13,44 @@ from torch import Tensor, distributed, nn
 T = TypeVar("T")
 
 
+@contextlib.contextmanager
+def joined(device: str = "cpu") -> Iterator[Processes]:
+    """The processes that a launcher started with this one, joined while the block runs; a group set up before stays.
+
+    On GPUs each process takes the one of its local rank.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    if not launched or distributed.is_initialized():
+        yield Processes(device)
+        return
+    if device.startswith("cuda"):
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield Processes(device)
+    finally:
+        distributed.destroy_process_group()
+
+
 class Processes:
     """The processes that train together; torch.distributed's default group where one was set up, else this one."""
 
     def __init__(self, device: str = "cpu") -> None:
-        self._device = device
+        self.device = device
         self._many = distributed.is_available() and distributed.is_initialized()
         self.rank = distributed.get_rank() if self._many else 0
         self.count = distributed.get_world_size() if self._many else 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self._many:
+            distributed.barrier()
 
     def share(self, items: Sequence[T]) -> list[T]:
         """This process's part of a global batch: every n-th of n processes."""
@@ -35,7 +67,7 @@ class Processes:
         """The largest of the processes' numbers."""
         if not self._many:
             return value
-        held = torch.tensor(value, device=self._device)
+        held = torch.tensor(value, device=self.device)
         distributed.all_reduce(held, distributed.ReduceOp.MAX)
         return int(held)
 
