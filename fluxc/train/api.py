@@ -121,7 +121,10 @@ def _write(flux: FluxDir, plan: Plan, program: Trainable, report: dict[str, Any]
     work = work_folder(flux.path)
     files = {REPORT: json.dumps(report, indent=1), LOG: (work / LOG).read_text()}
     update_flux(flux.path, plan, program.trained(), files)
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
+    (work / LOG).unlink()
+    if not any(work.iterdir()):  # TensorBoard's files stay
+        work.rmdir()
 
 
 def _written(path: Path) -> Trained:

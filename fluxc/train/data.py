@@ -54,8 +54,8 @@ def training_data(
     if path is None:
         found = _generated(options, tokenizer, plan)
     else:
-        rows = _folder(Path(path), tokenizer, context) if Path(path).is_dir() else None
-        found = _dealt(rows or tokenize_jsonl(path, tokenizer, context), options.seed, Path(path).name)
+        read = _folder if Path(path).is_dir() else tokenize_jsonl
+        found = _dealt(read(Path(path), tokenizer, context), options.seed, Path(path).name)
     _check(found)
     for warning in balance_warnings(found.train):
         progress.note(warning)

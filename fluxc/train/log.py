@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ ALL = "all"
 
 
 class Log:
-    """Rows of `path`, a CSV file; those of steps from `start` on, left by a run that was cut off, are dropped."""
+    """Rows of `path`, a CSV file, and the same for TensorBoard in the folder `tensorboard` beside it.
+
+    Rows of steps after `start`, left by a run that was cut off, are dropped.
+    """
 
     def __init__(self, path: Path, start: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,4 +77,6 @@ def _board(folder: Path, start: int) -> Any:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
+    if not start:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run before
     return SummaryWriter(str(folder), purge_step=start + 1)

@@ -64,6 +64,12 @@ def contents(flux):
     return {str(path.relative_to(flux)): path.read_bytes() for path in flux.rglob("*") if path.is_file()}
 
 
+def left_behind(flux):
+    """What a finished run keeps beside the model, TensorBoard's files apart, which are there where it is installed."""
+    work = api.work_folder(flux)
+    return {path.name for path in work.iterdir()} - {"tensorboard"} if work.exists() else set()
+
+
 class Notes:
     """Progress that remembers what was said."""
 
@@ -88,7 +94,7 @@ def test_small_files_change_and_nothing_else(flux, data):
     small = {"manifest.json", "plan.json", "routers.safetensors"}
     assert changed == small | {"measurements/training.json", "measurements/training.csv"}
     assert open_flux(flux).plan == done.plan
-    assert not api.work_folder(flux).exists()
+    assert left_behind(flux) == set()
     report = json.loads((flux / "measurements" / "training.json").read_text())
     assert report["data"]["prompts"] == {"train": 18, "curve": 4, "heldout": 2}
 
@@ -157,7 +163,7 @@ def test_other_options_do_not_resume(flux, data, monkeypatch):
     with pytest.raises(TrainingError, match="another options"):
         fluxc.train(flux, data=data, options=other)
     fluxc.train(flux, data=data, options=other, force=True)
-    assert not api.work_folder(flux).exists()
+    assert left_behind(flux) == set()
 
 
 def test_log_has_a_row_for_each_step_and_task(flux, data):
@@ -166,6 +172,17 @@ def test_log_has_a_row_for_each_step_and_task(flux, data):
     assert {row["task"] for row in rows} == {"all", "kv", "local"}
     assert {row["target"] for row in rows if row["task"] == "kv"} == {"0.20000000298023224"}
     assert all(float(row["padding"]) <= 0.1 for row in rows if row["task"] == "all")
+
+
+def test_tensorboard_shows_every_step(flux, data):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fluxc.train(flux, data=data, options=OPTIONS)
+    events = EventAccumulator(str(api.work_folder(flux) / "tensorboard"))
+    events.Reload()
+    assert {"all/loss", "all/tau", "kv/omega", "kv/lambda1"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("all/loss")] == list(range(1, 7))
 
 
 def test_bf16_keeps_the_model_files(flux, data):
@@ -205,7 +222,10 @@ def test_a_folder_without_datasets_says_what_is_missing(flux, tmp_path):
 def test_datasets_folder_equals_jsonl(flux, data, tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = [json.loads(line) for line in data.read_text().splitlines()]
-    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "rows"))
+    pyarrow = pytest.importorskip("pyarrow")
+    table = datasets.table.InMemoryTable(pyarrow.Table.from_pylist(rows))
+    # With a fingerprint given, datasets does not have to pickle pyarrow's types to make one.
+    datasets.Dataset(table, fingerprint="0" * 16).save_to_disk(str(tmp_path / "rows"))
     model = load_flux(flux)
     found = [
         api.training_data(OPTIONS, path, model.tokenizer, model.plan, Notes()) for path in (data, tmp_path / "rows")
