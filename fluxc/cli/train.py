@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 @click.option("--distill", type=float, metavar="SHARE", help="Share of the loss that compares with dense logits.")
 @click.option("--straight-through", is_flag=True, default=None, help="Hard routes with soft gradients.")
 @click.option("--dtype", metavar="float32|bfloat16", help="Of the frozen model while training.  [default: its own]")
+@click.option("--save-every", type=int, help="Steps between checkpoints.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), metavar="INTEGER", help="Of data, order and noise.")
 @click.option("-f", "--force", is_flag=True, help="Start over, whatever an interrupted run left.")
 @device_option

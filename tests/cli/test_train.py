@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -86,6 +90,22 @@ def test_ctrl_c_keeps_the_checkpoint(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(Trainer, "run_step", real)
     assert main(["train", "m.flux", *SHORT]) == 0
     assert "going on after step 2" in capsys.readouterr().err
+
+
+def test_killed_without_warning_and_resumed_equals_uninterrupted(work: Path) -> None:
+    argv = ["--data", "mix.jsonl", "--steps", "30", "--batch", "2", "--save-every", "4", "--device", "cpu", "-q"]
+    shutil.copytree("m.flux", "whole.flux")
+    assert main(["train", "whole.flux", *argv]) == 0
+    running = subprocess.Popen([sys.executable, "-P", "-m", "fluxc", "train", "m.flux", *argv])
+    deadline = time.monotonic() + 60
+    while not list(work.glob("m.flux.training/checkpoints/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    running.kill()
+    assert running.wait() == -signal.SIGKILL
+    assert list(work.glob("m.flux.training/checkpoints/step-*"))
+    assert main(["train", "m.flux", *argv]) == 0
+    for name in ("routers.safetensors", "plan.json", "measurements/training.csv"):
+        assert Path("m.flux", name).read_bytes() == Path("whole.flux", name).read_bytes()
 
 
 @pytest.mark.parametrize(
