@@ -23,6 +23,9 @@ OPS = (
     "kv_write",
     "decode_attention",
     "append_attention",
+    "qk_norm_rope_cache",
+    "add_rms_norm",
+    "swiglu",
 )
 
 

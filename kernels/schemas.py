@@ -92,16 +92,20 @@ SCHEMAS: dict[str, str] = {
         "(Tensor q, Tensor k, Tensor v, Tensor cache, Tensor page_table, Tensor lens, Tensor start, Tensor sinks, "
         f"Tensor windows, *, float scale, int layer, {_TAIL}) -> Tensor"
     ),
-    # q, k before norm and RoPE; cos, sin [B,S,R]; writes k and v to the cache and returns (q, k, pooled sum [B,D]).
+    # q [B,H,S,D], k and v [B,Hk,S,D] before norm and RoPE; q_weight, k_weight [D] of an RMS norm over each head, None
+    # for none; cos, sin [B,S,R], R even, at most D: columns d and d + R/2 of the first R turn together, the rest stay.
+    # Writes k and v to the cache like kv_write and returns q and k, [B,H,S,D] transposed views of [B,S,H,D], and
+    # router_pool of the normed q before RoPE, fp32 [B,D].
     "qk_norm_rope_cache": (
         "(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, "
         "Tensor(a!) cache, Tensor slots, Tensor prompt_lens, *, float eps, int pool) -> (Tensor, Tensor, Tensor)"
     ),
-    # -> (normalised, sum): sum = x + residual in x's dtype, normalised = RMSNorm(sum) * weight.
+    # x, residual [..,W], weight [W] -> (normalised, sum), contiguous: sum = x + residual in x's dtype, normalised =
+    # RMSNorm(sum) in fp32, rounded to x's dtype, times weight.
     "add_rms_norm": "(Tensor x, Tensor residual, Tensor weight, *, float eps) -> (Tensor, Tensor)",
     # x [T,K] sorted by group, weight [E,K,N] (any strides), ends i32[E]: rows ends[e-1] to ends[e] times weight[e];
     # ends[E-1] = T: -> [T,N]. The products of a mixture of experts.
     "grouped_mm": "(Tensor x, Tensor weight, Tensor ends) -> Tensor",
-    # silu(gate) * up
+    # gate, up of one shape: -> silu(gate) * up, contiguous.
     "swiglu": "(Tensor gate, Tensor up) -> Tensor",
 }

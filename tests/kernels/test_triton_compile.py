@@ -199,3 +199,18 @@ def test_gradients(width, arch):
     compiled(dq_kernel, constants | dq, arch, tiles.dq_warps, tiles.dq_stages)
     dkv = {"BM": tiles.dkv_rows, "BN": tiles.dkv_keys, "STAGES": tiles.dkv_stages}
     compiled(dkv_kernel, constants | dkv, arch, tiles.dkv_warps, tiles.dkv_stages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_fused(arch):
+    from fluxc.kernels.triton_fused import norm_kernel, swiglu_kernel
+    from fluxc.kernels.triton_qkv import qkv_kernel
+
+    bf16 = ("x", "residual", "weight", "normed", "total", "gate", "up", "q_weight", "k_weight", "cos", "sin", "q_out")
+    types = dict.fromkeys((*bf16, "k_out"), "*bf16") | {"slots": "*i64", "lens": "*i64", "eps": "fp32"}
+    types["sums"] = "*fp32"
+    compiled(norm_kernel, {"W": 4096, "WIDTH": 4096}, arch, 8, types=types)
+    compiled(swiglu_kernel, {"BLOCK": 1024}, arch, 4, types=types)
+    constants = {"D": 128, "WIDTH": 128, "R": 128, "BM": 32, "PARTS": 5, "PAGE": 64, "Q_NORM": True, "K_NORM": True}
+    compiled(qkv_kernel, constants, arch, 4, types=types)
