@@ -29,11 +29,11 @@ BACKWARD = (
 
 def define() -> None:
     """Define torch.ops.fluxc.rows_forward and rows_backward."""
-    forward = torch.library.custom_op(f"{NAMESPACE}::rows_forward", _forward, mutates_args=(), schema=FORWARD)
-    forward.register_fake(_forward_fake)
-    forward.register_autograd(_autograd_backward, setup_context=_setup_context)
-    backward = torch.library.custom_op(f"{NAMESPACE}::rows_backward", _backward, mutates_args=(), schema=BACKWARD)
-    backward.register_fake(_backward_fake)
+    op = torch.library.custom_op(f"{NAMESPACE}::rows_forward", forward, mutates_args=(), schema=FORWARD)
+    op.register_fake(_forward_fake)
+    op.register_autograd(_autograd_backward, setup_context=_setup_context)
+    op = torch.library.custom_op(f"{NAMESPACE}::rows_backward", backward, mutates_args=(), schema=BACKWARD)
+    op.register_fake(_backward_fake)
 
 
 def apply(op: str, call: RowCall) -> Tensor:
@@ -65,7 +65,7 @@ def needs_grad(call: RowCall) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _forward(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -77,6 +77,7 @@ def _forward(
     op: str,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
+    """Output [B,S,H,Dv] and log-sum-exp [B,H,S], without a tape; options of RowOptions."""
     call = RowCall(q, k, v, RowOptions(**options), route, prompt_lens, q_start, sink_logits)
     check(op, call)
     return triton_rows.forward(call) if triton_rows.serves(call) else call.forward()
@@ -87,7 +88,7 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *requests: Any, **options: An
     return q.new_empty(B, S, H, v.shape[-1]), q.new_empty(B, H, S, dtype=sum_dtype(q.dtype))
 
 
-def _backward(
+def backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -102,6 +103,7 @@ def _backward(
     op: str,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the sink logits (empty for none)."""
     call = RowCall(q, k, v, RowOptions(**options), route, prompt_lens, q_start, sink_logits)
     if triton_rows.serves(call):
         return (*triton_rows.backward(call, out, lse, grad), q.new_empty(0))

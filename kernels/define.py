@@ -61,7 +61,8 @@ def define_attention(
 ) -> None:
     """Define torch.ops.fluxc.<op>. `row_call` maps its arguments to a RowCall; `run` computes it without a tape.
 
-    `by_torch`: a provider that torch differentiates by itself, for the calls with a tape that it supports.
+    `by_torch`: a provider that torch differentiates by itself, for the calls with a tape that it supports; it checks
+    its arguments.
     """
     name = f"{NAMESPACE}::{op}"
 
@@ -74,7 +75,6 @@ def define_attention(
         if autograd.needs_grad(call):
             if by_torch is None or by_torch.supported(*args, **kwargs) is not None:
                 return autograd.apply(op, call)
-            check(op, call)
             return by_torch.run(*args, **kwargs)
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.fluxc, op)(*args, **kwargs)

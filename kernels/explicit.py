@@ -21,7 +21,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def explicit(
     q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of q [X,Y,R,D] over k, v [X,Y|1,T,D] -> out [X,Y,R,D] and log-sum-exp [X,Y,R]."""
+    """Attention of q [X,Y,R,D] over k, v [X,Y|1,T,D] -> out [X,Y,R,D] and log-sum-exp [X,Y,R]; mask [..,R,T]."""
     kind = sum_dtype(q.dtype)
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=kind)
@@ -78,7 +78,7 @@ def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
 
 def _hide(scores: Tensor, rows: slice, keys: slice, causal: bool, mask: Tensor | None) -> None:
     if mask is not None:
-        scores.add_(mask[rows, keys])
+        scores.add_(mask[..., rows, keys])
     if causal:
         row = torch.arange(rows.start, rows.stop, device=scores.device).unsqueeze(1)
         scores.masked_fill_(torch.arange(keys.stop, device=scores.device) > row, -torch.inf)

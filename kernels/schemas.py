@@ -58,10 +58,13 @@ SCHEMAS: dict[str, str] = {
         "(Tensor q, Tensor k, *, float scale, int layer, int block, int stride, float threshold, "
         'str scorer="antidiagonal") -> (Tensor, Tensor)'
     ),
-    # route bool[B]: True is `attention`, False the sparse kind with its sizes. kind: "streaming" | "triangle".
+    # route bool[B]: True is `attention`, False the sparse kind with its sizes: "streaming" | "triangle" | "block". With
+    # block the prompt's rows read what block_scores finds with (block, stride, threshold) in the prompt alone, and rows
+    # after it all keys; it needs decode_full, and sink, window and last mean nothing to it.
     "routed_attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor route, Tensor prompt_lens, *, float scale, int layer, str kind, "
-        f"int sink, int window, int last, bool decode_full=False, {_TAIL}) -> Tensor"
+        f"int sink, int window, int last, bool decode_full=False, {_TAIL}, int block=0, int stride=0, "
+        "float threshold=0.) -> Tensor"
     ),
     # Mean over heads and over rows [0, min(pool, n)) and [max(0, n - pool), n), n = prompt_lens; overlapping rows
     # count twice, as in the paper: mean of the prefix mean and the suffix mean. q is before RoPE, [B,H,S,D];

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fluxc.kernels.attention import triton_impl
 from fluxc.kernels.define import Provider, choose, define_attention, pieces_provider, triton_provider
-from fluxc.kernels.row_call import RowCall, RowOptions
+from fluxc.kernels.row_call import RowCall, RowOptions, check
 
 
 def define() -> None:
     """Define torch.ops.fluxc.attention. SDPA's gradient is faster than ours."""
-    define_attention("attention", row_call, run, Provider("sdpa", _sdpa_unsupported, _sdpa))
+    define_attention("attention", row_call, run, Provider("sdpa", _sdpa_unsupported, _checked_sdpa))
 
 
 def row_call(
@@ -70,3 +70,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, **kwargs: Any) -> Te
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous()
+
+
+def _checked_sdpa(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
+    check("attention", row_call(q, k, v, **kwargs))
+    return _sdpa(q, k, v, **kwargs)

@@ -3,11 +3,13 @@
 Exactly one branch runs for each request, and all routes full gives `attention` bit for bit:
 
 1. one kernel that reads the routes on the device, where the same kernel serves `attention`;
-2. else the host reads the routes, and requests with the same route are computed by the very op of that route.
+2. else the host reads the routes, and requests with the same route are computed by the very op of that route. The kind
+   `block` is always computed so: its prompts' lengths decide what is scored.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -16,16 +18,19 @@ from torch import Tensor
 from fluxc.errors import UserError
 from fluxc.kernels.attention import op as attention
 from fluxc.kernels.define import Provider, choose, define_attention, triton_provider
+from fluxc.kernels.routed_attention import blocks
+from fluxc.kernels.routed_attention.blocks import BlockOptions
 from fluxc.kernels.row_call import RowCall, RowOptions
 from fluxc.kernels.streaming_attention import op as streaming_attention
 from fluxc.kernels.triangle_attention import op as triangle_attention
 
-KINDS = ("streaming", "triangle")
+KINDS = ("streaming", "triangle", "block")
 
 
 def define() -> None:
     """Define torch.ops.fluxc.routed_attention."""
-    define_attention("routed_attention", row_call, run)
+    blocks.define()
+    define_attention("routed_attention", row_call, run, Provider("blocks", _not_blocks, _taped_blocks))
 
 
 def row_call(
@@ -44,10 +49,15 @@ def row_call(
     decode_full: bool = False,
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
+    block: int = 0,
+    stride: int = 0,
+    threshold: float = 0.0,
 ) -> RowCall:
-    """The op's arguments as a RowCall; raises UserError for an unknown kind."""
+    """The op's arguments as a RowCall, whose sparse rows mean nothing for the kind block; UserError for wrong kinds."""
     if kind not in KINDS:
         raise UserError(f"fluxc::routed_attention: kind is {kind!r}", hint=f"Use one of {', '.join(KINDS)}")
+    if kind == "block" and not decode_full:
+        raise UserError("fluxc::routed_attention: decode_full is False, the kind block needs it")
     # Streaming with `decode: full` is triangle without dense prompt rows.
     last = last if kind == "triangle" else 0
     rows = "triangle" if kind == "triangle" or decode_full else "streaming"
@@ -82,13 +92,13 @@ def _branches(
 ) -> Tensor:
     """Each request by the op of its branch; reads the routes on the host."""
     call = row_call(q, k, v, route, prompt_lens, scale=scale, layer=layer, **kwargs)
-    routes = route.tolist()
+    routes, chosen = route.tolist(), _block_options(scale=scale, **kwargs)
     if all(routes) or not any(routes):
-        return _branch(call, routes[0], slice(None), layer)
-    return torch.cat([_branch(call, is_full, slice(b, b + 1), layer) for b, is_full in enumerate(routes)])
+        return _branch(call, routes[0], slice(None), layer, chosen)
+    return torch.cat([_branch(call, is_full, slice(b, b + 1), layer, chosen) for b, is_full in enumerate(routes)])
 
 
-def _branch(call: RowCall, is_full: bool, rows: slice, layer: int) -> Tensor:
+def _branch(call: RowCall, is_full: bool, rows: slice, layer: int, chosen: BlockOptions | None) -> Tensor:
     opt, qkv = call.options, (call.q[rows], call.k[rows], call.v[rows])
     common: dict[str, Any] = {
         "scale": opt.scale,
@@ -98,8 +108,27 @@ def _branch(call: RowCall, is_full: bool, rows: slice, layer: int) -> Tensor:
     }
     if is_full:
         return attention.run(*qkv, **common)
+    if chosen:
+        return blocks.attend(*qkv, call.prompt_lens[rows], call.sink_logits, chosen)  # type: ignore[index]
     common |= {"sink": opt.sink, "window": opt.window}
     if opt.kind == "streaming":
         return streaming_attention.run(*qkv, **common)
     assert call.prompt_lens is not None, "the op's schema makes it an argument"
     return triangle_attention.run(*qkv, call.prompt_lens[rows], last=opt.last, decode_full=opt.decode_full, **common)
+
+
+def _block_options(*, scale: float, kind: str, softcap: float = 0.0, **kwargs: Any) -> BlockOptions | None:
+    if kind != "block":
+        return None
+    found = {name: kwargs.get(name, 0) for name in ("block", "stride", "threshold")}
+    return BlockOptions(scale, softcap, **found)
+
+
+def _not_blocks(*args: Any, kind: str, **kwargs: Any) -> str | None:
+    return None if kind == "block" else f"the kind {kind} has gradients of its own"
+
+
+def _taped_blocks(*tensors: Tensor, sink_logits: Tensor | None = None, **kwargs: Any) -> Tensor:
+    chosen = _block_options(**kwargs)
+    assert chosen, "asked only where the kind is block"
+    return torch.ops.fluxc.routed_blocks(*tensors, sink_logits, **dataclasses.asdict(chosen))

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fluxc.kernels.attention.reference import attention
+from fluxc.kernels.block_attention.reference import block_attention
+from fluxc.kernels.block_scores.reference import block_scores
 from fluxc.kernels.triangle_attention.reference import triangle_attention
 
 
@@ -27,11 +29,24 @@ def routed_attention(
     decode_full: bool = False,
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
+    block: int = 0,
+    stride: int = 0,
+    threshold: float = 0.0,
 ) -> Tensor:
     """Full attention where route[b], else the sparse kind -> [B,S,H,Dv]. Streaming is triangle with last = 0."""
     how: dict[str, Any] = {"scale": scale, "layer": layer, "softcap": softcap, "sink_logits": sink_logits}
     full = attention(q, k, v, **how)
+    if kind == "block":
+        sparse = full.clone()
+        for b, n in enumerate(prompt_lens.tolist()):
+            if n:
+                one = slice(b, b + 1)
+                prompt = [x[one, :, :n] for x in (q, k, v)]
+                sizes: dict[str, Any] = {"block": block, "stride": stride, "threshold": threshold}
+                lists = block_scores(*prompt[:2], scale=scale, layer=layer, **sizes)
+                sparse[one, :n] = block_attention(*prompt, *lists, block=block, **how)
+        return torch.where(route[:, None, None, None], full, sparse)
     last = last if kind == "triangle" else 0
-    sizes: dict[str, Any] = {"sink": sink, "window": window, "last": last, "decode_full": decode_full}
-    sparse = triangle_attention(q, k, v, prompt_lens, **sizes, **how)
+    rows: dict[str, Any] = {"sink": sink, "window": window, "last": last, "decode_full": decode_full}
+    sparse = triangle_attention(q, k, v, prompt_lens, **rows, **how)
     return torch.where(route[:, None, None, None], full, sparse)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def _call(route: Tensor, prompt_lens: Tensor, *, scale: float, layer: int, kind: str, sink: int, window: int,
           last: int, decode_full: bool = False, softcap: float = 0.0,
-          sink_logits: Tensor | None = None) -> Call:  # fmt: skip
+          sink_logits: Tensor | None = None, block: int = 0, stride: int = 0,
+          threshold: float = 0.0) -> Call:  # fmt: skip
     from fluxc.kernels.triton_launch import Call
 
     # Streaming with `decode: full` is triangle without dense prompt rows.

@@ -20,6 +20,7 @@ KINDS = {
     "streaming, decode full": {"kind": "streaming", "decode_full": True},
     "triangle": {"kind": "triangle"},
     "triangle, decode full": {"kind": "triangle", "decode_full": True},
+    "block": {"kind": "block", "decode_full": True, "block": 16, "stride": 4, "threshold": 0.5},
 }
 ROUTES = [[True, True, True], [False, False, False], [True, False, True], [False, True, False]]
 PROMPTS = torch.tensor([90, 60, 1])
@@ -27,12 +28,24 @@ PROMPTS = torch.tensor([90, 60, 1])
 
 def sparse(q, k, v, prompt_lens, kind, decode_full=False, **options):
     """The sparse branch by the op of its kind."""
+    if kind == "block":
+        return by_blocks(q, k, v, int(prompt_lens), **options)
     if kind == "triangle":
         return ops.triangle_attention(q, k, v, prompt_lens, **HOW, **SIZES, decode_full=decode_full, **options)
     if decode_full:
         sizes = SIZES | {"last": 0}
         return ops.triangle_attention(q, k, v, prompt_lens, **HOW, **sizes, decode_full=True, **options)
     return ops.streaming_attention(q, k, v, **HOW, sink=3, window=20, **options)
+
+
+def by_blocks(q, k, v, n, block, stride, threshold, **features):
+    """Scored blocks for the prompt's n rows, all keys for the rest."""
+    prompt = [x[:, :, :n] for x in (q, k, v)]
+    lists = ops.block_scores(*prompt[:2], **HOW, block=block, stride=stride, threshold=threshold)
+    parts = [ops.block_attention(*prompt, *lists, **HOW, block=block, **features)]
+    if n < q.shape[2]:
+        parts.append(ops.attention(q[:, :, n:], k, v, **HOW, **features, q_start=torch.tensor([n])))
+    return torch.cat(parts, 1)
 
 
 @pytest.mark.parametrize("routes", ROUTES)
@@ -109,9 +122,10 @@ def test_gradcheck(kind):
     assert torch.autograd.gradcheck(run, (q, k, v, sinks), fast_mode=True)
 
 
-def test_gradients_equal_the_reference():
+@pytest.mark.parametrize("kind", ["triangle", "block"])
+def test_gradients_equal_the_reference(kind):
     inputs = random_qkv(3, 4, 2, 90, 8)
-    options = {**HOW, **SIZES, "kind": "triangle"}
+    options = {**HOW, **SIZES, **KINDS[kind]}
     route = torch.tensor([False, True, False])
     actual = gradients(lambda *x: routed(*x, route, PROMPTS, **options), *inputs)
     expected = gradients(lambda *x: reference(*x, route, PROMPTS, **options), *inputs)
@@ -121,9 +135,10 @@ def test_gradients_equal_the_reference():
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("routes", ROUTES[1:3])
-def test_opcheck(routes, grad):
+@pytest.mark.parametrize("kind", ["triangle", "block"])
+def test_opcheck(kind, routes, grad):
     q, k, v = random_qkv(3, 4, 2, 90, 8, 6, requires_grad=grad)
-    options = {**HOW, **SIZES, "kind": "triangle"}
+    options = {**HOW, **SIZES, **KINDS[kind]}
     torch.library.opcheck(routed.default, (q, k, v, torch.tensor(routes), PROMPTS), options)
 
 
@@ -146,6 +161,8 @@ BAD = {
     "route of another batch": ({"route": torch.tensor([True])}, r"route must be \[2\], is \(1,\)"),
     "route with an axis more": ({"route": torch.ones(1, 2, dtype=torch.bool)}, r"route must be \[2\], is \(1, 2\)"),
     "route of numbers": ({"route": torch.ones(2)}, "route must be bool"),
+    "block with a ring": ({"kind": "block", "block": 16, "stride": 4, "threshold": 0.5}, "decode_full is False"),
+    "block of no size": ({"kind": "block", "decode_full": True}, "block is 0"),
     "unknown kind": ({"kind": "diagonal"}, "kind is 'diagonal'"),
     "negative sink": ({"sink": -1}, "sink is -1"),
     "prompt too long": ({"prompt_lens": torch.tensor([6, 9]), "kind": "triangle"}, "prompt_lens must lie in 0..6"),
@@ -158,5 +175,5 @@ def test_bad_input_names_op_and_argument(changes, message, grad):
     q, k, v = random_qkv(2, 4, 2, 6, 8, requires_grad=grad)
     given = {"route": torch.tensor([True, False]), "prompt_lens": torch.tensor([6, 6])}
     given |= {**HOW, **SIZES, "kind": "streaming"} | changes
-    with pytest.raises(UserError, match=f"fluxc::routed_attention: .*{message}"):
+    with pytest.raises(UserError, match=f"fluxc::(routed_attention|block_scores): .*{message}"):
         routed(q, k, v, given.pop("route"), given.pop("prompt_lens"), **given)
