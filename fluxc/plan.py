@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fluxc.budget import check_budget
-from fluxc.errors import FluxcError, PlanError
+from fluxc.errors import FluxcError, OptionError, PlanError
 from fluxc.json_form import dump, parse, read_text, strict
 from fluxc.model_info import ModelInfo
 from fluxc.options import canonical_digest
@@ -23,8 +23,10 @@ from fluxc.options import canonical_digest
 if TYPE_CHECKING:
     import torch
 
+    from fluxc.ir.sparse import SparseSettings
+
 FORMAT = 1
-KINDS = ("streaming", "triangle")
+KINDS = ("streaming", "triangle", "block")
 PINS = (None, "full", "sparse")
 DECODE = ("sparse", "full")
 
@@ -33,15 +35,19 @@ DECODE = ("sparse", "full")
 class LayerPlan:
     """One routable layer: the sparse kind it falls back to, sizes in tokens, and a pin that overrides its router.
 
-    `last` is the number of dense rows at the end of the prompt (triangle only, else 0).
+    `last` is the number of dense rows at the end of the prompt (triangle only, else 0). `block`, `stride` and
+    `threshold` choose the blocks of the kind block, and are 0 for others.
     """
 
     layer: int
-    kind: Literal["streaming", "triangle"]
+    kind: Literal["streaming", "triangle", "block"]
     sink: int
     window: int
     last: int = 0
     pin: Literal["full", "sparse"] | None = None
+    block: int = 0
+    stride: int = 0
+    threshold: float = 0.0
 
     def __post_init__(self) -> None:
         where = f"layer {self.layer} of the plan"
@@ -51,6 +57,17 @@ class LayerPlan:
             value = getattr(self, name)
             _require(_is_int(value) and value >= least, f"{where}: {name} {value!r} is not an integer >= {least}")
         _require((self.last > 0) == (self.kind == "triangle"), f"{where}: last {self.last} with kind {self.kind!r}")
+        _require((self.block > 0) == (self.kind == "block"), f"{where}: block {self.block} with kind {self.kind!r}")
+
+    def settings(self, decode_full: bool) -> SparseSettings:
+        """The attributes of the layer's routed attention; raises PlanError for sizes that do not fit its kind."""
+        from fluxc.ir.sparse import SparseSettings
+
+        sizes = (self.kind, self.sink, self.window, self.last, decode_full)
+        try:
+            return SparseSettings(*sizes, self.block, self.stride, self.threshold)
+        except OptionError as error:
+            raise PlanError(f"layer {self.layer} of the plan: {error}") from error
 
     @property
     def keys(self) -> int:
@@ -168,8 +185,13 @@ class Plan:
             raise PlanError(f"the plan belongs to another model: {reason}", hint="calibrate this model")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready values."""
-        return dataclasses.asdict(self)
+        """Plain JSON-ready values; a layer without blocks does not name their sizes."""
+        values = dataclasses.asdict(self)
+        for layer in values["layers"]:
+            if not layer["block"]:
+                for name in ("block", "stride", "threshold"):
+                    del layer[name]
+        return values
 
     def to_json(self) -> str:
         """The text of `plan.json`; raises PlanError where a free-form part is no JSON."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ApplyPlan(Pass):
-    """Set `kind`, `sink`, `window`, `last` and `decode_full` of routed attentions. No branch is ever removed.
+    """Set the kind, its sizes and `decode_full` of routed attentions. No branch is ever removed.
 
     1. A layer the plan does not name keeps its settings.
     2. A layer that has them already does not count.
@@ -40,8 +40,7 @@ class ApplyPlan(Pass):
     @classmethod
     def of(cls, plan: Plan) -> Self:
         """The pass that applies `plan`: its kinds and sizes. Biases are inputs of the program, not part of it."""
-        decode_full = plan.decode == "full"
-        return cls({p.layer: SparseSettings(p.kind, p.sink, p.window, p.last, decode_full) for p in plan.layers})
+        return cls({layer.layer: layer.settings(plan.decode == "full") for layer in plan.layers})
 
     def rewrite(self, draft: Draft, notes: list[Note]) -> int:
         """Returns the number of attentions whose settings changed."""

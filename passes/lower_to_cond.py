@@ -10,6 +10,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from fluxc import kernels
+from fluxc.errors import PlanError
 from fluxc.ir.graph import Draft, argument, is_call
 from fluxc.ir.pass_base import Note, Pass
 from fluxc.ir.sizes import fix_size
@@ -74,8 +75,13 @@ def full_call(node: Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
 
 
 def sparse_call(node: Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Op, arguments and keywords of the sparse branch of a routed attention."""
+    """Op, arguments and keywords of the sparse branch of a routed attention; raises PlanError for the kind block."""
     settings = settings_of(node)
+    if settings.kind == "block":
+        raise PlanError(
+            f"layer {argument(node, 'layer')} has the sparse kind block, which has no single op to lower or train to",
+            hint="Transform with --sparse-kind streaming or triangle",
+        )
     kwargs = {**_common(node), "sink": settings.sink, "window": settings.window}
     if settings.kind == "streaming" and not settings.decode_full:  # case 1
         return torch.ops.fluxc.streaming_attention.default, _qkv(node), kwargs

@@ -235,3 +235,26 @@ def test_budget_and_sparse_ratio_say_the_same():
     for wrong in ((0.4, 0.6), (1.2, None), (None, -0.1), (math.nan, None)):
         with pytest.raises(OptionError):
             budget_of(*wrong)
+
+
+def test_only_layers_of_blocks_name_their_sizes():
+    blocks = LayerPlan(3, "block", 4, 32, block=16, stride=2, threshold=0.9)
+    plan = make_plan(decode="full", layers=(*make_plan().layers[:2], blocks))
+    assert Plan.from_json(plan.to_json()) == plan
+    assert ["block" in layer for layer in plan.to_dict()["layers"]] == [False, False, True]
+    assert blocks.settings(decode_full=True).block == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block": 0}, "block 0 with kind 'block'"),
+        ({"block": 24}, "block 24, stride 2 cannot be used"),
+        ({"threshold": 0.0}, "block threshold is 0.0"),
+    ],
+)
+def test_blocks_that_cannot_be(changes, message):
+    with pytest.raises(PlanError, match=message):
+        LayerPlan(3, "block", 4, 32, **{"block": 16, "stride": 2, "threshold": 0.9} | changes).settings(
+            decode_full=True
+        )

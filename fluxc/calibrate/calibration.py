@@ -94,10 +94,8 @@ class Calibration:
 
     def _asked(self) -> SparseSettings:
         """Settings while needs are measured: the kind asked for, streaming for `auto`."""
-        sink, window = self.options.sizes(self.captured.meta["context"])
         kind = "streaming" if self.options.sparse_kind == "auto" else self.options.sparse_kind
-        last = LAST if kind == "triangle" else 0
-        return SparseSettings(kind, sink, window, last, self.options.decode == "full")
+        return self.options.settings(self.captured.meta["context"], kind, LAST)
 
     def _measure(self, program: ExportedProgram) -> list[Measurement]:
         prompts = self.sets.measured
@@ -175,8 +173,8 @@ class Calibration:
 
     def _bare_plan(self, settings: SparseSettings, routing: Routing, **more: Any) -> Plan:
         info = ModelInfo.of(self.captured.program, self.captured.meta, self._weights)
-        sizes = (settings.kind, settings.sink, settings.window, settings.last)
-        layers = tuple(LayerPlan(layer, *sizes) for layer in self.layers)  # type: ignore[arg-type]
+        sizes = {name: value for name, value in settings.to_dict().items() if name != "decode_full"}
+        layers = tuple(LayerPlan(layer, **sizes) for layer in self.layers)
         options = self.options
         return Plan(info, options.pool, options.decode, layers, routing.curve, options.budget, **more)  # type: ignore[arg-type]
 

@@ -6,9 +6,11 @@ import dataclasses
 
 from fluxc.budget import check_budget
 from fluxc.errors import OptionError
+from fluxc.ir.sparse import SparseSettings
 from fluxc.options import Options
 
-KINDS = ("auto", "streaming", "triangle")
+KINDS = ("auto", "streaming", "triangle", "block")
+LARGEST_BLOCK, STRIDES = 128, 8
 DECODE = ("sparse", "full")
 
 
@@ -49,11 +51,13 @@ class CalibrateOptions(Options):
     budget: float = 0.4
     """Largest mean share of routable layers that run full, 0..1."""
     sparse_kind: str = "auto"
-    """auto | streaming | triangle."""
+    """auto (the better of streaming and triangle) | streaming | triangle | block."""
     sink: int | None = None
     window: int | None = None
     decode: str = "sparse"
     """What rows after the prompt see on a sparse layer: sparse (ring KV) | full."""
+    threshold: float = 0.9
+    """Share of the predicted weight that the blocks read by the kind block hold, 0..1."""
     effort: str = "normal"
     """quick | normal | thorough."""
     seed: int = 0
@@ -64,11 +68,27 @@ class CalibrateOptions(Options):
         check_budget(self.budget)
         _one_of("sparse kind", self.sparse_kind, KINDS)
         _one_of("decode", self.decode, DECODE)
+        if self.sparse_kind == "block" and self.decode != "full":
+            raise OptionError("the kind block keeps all keys and values", hint="choose --decode full with it")
+        if not 0 < self.threshold <= 1:
+            raise OptionError(f"block threshold is {self.threshold}", hint="it must lie in 0..1, above 0")
         _one_of("effort", self.effort, tuple(EFFORTS))
         for name, least in (("sink", 0), ("window", 1), ("pool", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise OptionError(f"{name} is {value}", hint=f"it must be at least {least}")
+
+    def settings(self, context: int, kind: str, last: int) -> SparseSettings:
+        """Sparse attention of `kind` with the sizes for a context; `last` dense rows in the kind triangle.
+
+        Blocks are a sixteenth of the window, 16 to 128 tokens, and scored an eighth of their size at a time.
+        """
+        sink, window = self.sizes(context)
+        decode_full, last = self.decode == "full", last if kind == "triangle" else 0
+        if kind != "block":
+            return SparseSettings(kind, sink, window, last, decode_full)
+        block = min(LARGEST_BLOCK, max(16, 1 << (window // 16).bit_length() - 1))
+        return SparseSettings(kind, sink, window, 0, decode_full, block, block // STRIDES, self.threshold)
 
     def sizes(self, context: int) -> tuple[int, int]:
         """Sink and window: 128 + 2048 for contexts of 32K and more, 64 + 1024 from 8K, else shares of the context.

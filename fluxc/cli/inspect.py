@@ -140,6 +140,8 @@ def _attentions(found: Found) -> Table:
 def _sparse(settings: dict[str, Any] | None) -> str:
     if settings is None:
         return ""
+    if settings["kind"] == "block":
+        return f"block {settings['block']} threshold {settings['threshold']:g}"
     last = f" last {settings['last']}" if settings["last"] else ""
     return f"{settings['kind']} {settings['sink']} + {settings['window']}{last}"
 

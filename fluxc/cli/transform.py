@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 @click.option(
     "--effort", default="normal", show_default=True, metavar="quick|normal|thorough", help="How much to measure."
 )
-@click.option("--sparse-kind", default="auto", show_default=True, metavar="auto|streaming|triangle")
+@click.option("--sparse-kind", default="auto", show_default=True, metavar="auto|streaming|triangle|block")
+@click.option("--threshold", default=0.9, show_default=True, help="Share of the weight that the kind block reads.")
 @click.option("--sink", type=int, help="First tokens every row sees.  [default: by context]")
 @click.option("--window", type=int, help="Last tokens every row sees.  [default: by context]")
 @click.option(

@@ -51,7 +51,10 @@ def _dependence(share: float) -> str:
 
 def _kinds(plan: Plan, kinds: list[dict[str, Any]]) -> str:
     chosen = plan.layers[0]
-    line = f"[bold]kind[/]     {chosen.kind}, sink {chosen.sink}, window {chosen.window}, decode {plan.decode}"
+    sizes = f"sink {chosen.sink}, window {chosen.window}"
+    if chosen.kind == "block":
+        sizes = f"blocks of {chosen.block} holding {chosen.threshold:g} of the weight"
+    line = f"[bold]kind[/]     {chosen.kind}, {sizes}, decode {plan.decode}"
     if len(kinds) < 2:
         return line
     compared = (f"{k['kind']} loss {k['loss']:.3f} with {k['kv_slots']} KV slots" for k in kinds)

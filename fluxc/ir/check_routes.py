@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -97,9 +98,8 @@ def route_problems(program: ExportedProgram, stage: str) -> Iterator[str]:
 
 
 def _setting_problems(node: Node) -> Iterator[str]:
-    names = ("kind", "sink", "window", "last", "decode_full")
     try:
-        SparseSettings(**{name: argument(node, name) for name in names})
+        SparseSettings(**{field.name: argument(node, field.name) for field in dataclasses.fields(SparseSettings)})
     except OptionError as error:
         yield f"node {node.name}: {error}"
 

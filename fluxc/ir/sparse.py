@@ -1,4 +1,4 @@
-"""What a layer does when its route is sparse: the attributes `kind`, `sink`, `window`, `last`, `decode_full`."""
+"""What a layer does when its route is sparse: the attributes `kind`, its sizes, and `decode_full`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 from fluxc.errors import OptionError
 from fluxc.options import Options
 
-KINDS = ("streaming", "triangle")
+KINDS = ("streaming", "triangle", "block")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,9 @@ class SparseSettings(Options):
     """Sparse attention of one layer (DESIGN section 1); sizes in tokens.
 
     `last`: rows at the end of the prompt that see all keys (triangle only). `decode_full`: rows after the prompt see
-    all keys. Raises OptionError for an unknown kind or a size out of range.
+    all keys, which the kind block needs. `block`, `stride`, `threshold`: how that kind chooses the blocks it reads
+    (fluxc::block_scores); else 0. For it sink + window only says which prompts are long enough to calibrate on.
+    Raises OptionError for an unknown kind or a size out of range.
     """
 
     kind: str = "streaming"
@@ -23,6 +25,9 @@ class SparseSettings(Options):
     window: int = 2048
     last: int = 0
     decode_full: bool = False
+    block: int = 0
+    stride: int = 0
+    threshold: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -32,5 +37,23 @@ class SparseSettings(Options):
                 f"sink {self.sink}, window {self.window}, last {self.last} cannot be used",
                 hint="sink and last are at least 0, window at least 1",
             )
+        self._check_blocks()
+        if self.kind == "block" and self.last:
+            raise OptionError(f"block has no dense rows, but last is {self.last}", hint="Use the kind triangle")
         if self.kind == "streaming" and self.last:
             raise OptionError(f"streaming has no dense rows, but last is {self.last}", hint="Use the kind triangle")
+
+    def _check_blocks(self) -> None:
+        if self.kind != "block":
+            if self.block or self.stride or self.threshold:
+                raise OptionError(f"{self.kind} has no blocks, but block is {self.block}", hint="Use the kind block")
+            return
+        if self.block < 16 or self.block & (self.block - 1) or self.stride < 1 or self.block % self.stride:
+            raise OptionError(
+                f"block {self.block}, stride {self.stride} cannot be used",
+                hint="block is a power of two, at least 16, and stride divides it",
+            )
+        if not 0 < self.threshold <= 1:
+            raise OptionError(f"block threshold is {self.threshold}", hint="it lies in 0..1, above 0")
+        if not self.decode_full:
+            raise OptionError("the kind block keeps all keys and values", hint="Use it with decode full")

@@ -15,7 +15,7 @@ import torch
 from fluxc.atomic import atomic_file
 from fluxc.errors import ArchiveError
 from fluxc.json_form import dump, parse, read_text, strict
-from fluxc.plan import Plan
+from fluxc.plan import LayerPlan, Plan
 
 FORMAT = 1
 TARGET = "eager"
@@ -56,7 +56,7 @@ def of_plan(path: Path, plan: Plan, budget: float, device: str) -> int:
 
 def key(plan: Plan, device: str) -> str:
     """device / target / dtype / kind, as entries of the device file are named."""
-    kinds = sorted({f"{layer.kind}-{layer.sink}+{layer.window}" for layer in plan.layers})
+    kinds = sorted({_sizes(layer) for layer in plan.layers})
     return "/".join((device_name(device), TARGET, plan.model.dtype, ",".join(kinds)))
 
 
@@ -97,3 +97,9 @@ def write(path: Path, name: str, lengths: Lengths) -> None:
     text = dump({"format": FORMAT, "entries": plain}, ArchiveError, str(path))
     with atomic_file(path, force=True) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def _sizes(layer: LayerPlan) -> str:
+    if layer.kind == "block":
+        return f"block-{layer.block}-{layer.threshold:g}"
+    return f"{layer.kind}-{layer.sink}+{layer.window}"

@@ -12,7 +12,7 @@ from fluxc.calibrate.options import CalibrateOptions, Effort
 from fluxc.calibrate.transform import default_output, transform
 from fluxc.errors import DataError, OptionError, OutputExistsError
 from fluxc.flux_dir import open_flux
-from fluxc.ir.graph import runnable
+from fluxc.ir.graph import calls, runnable
 from fluxc.tiny_folder import save_tiny_model
 
 CONTEXT = 1024
@@ -70,6 +70,20 @@ def test_all_full_is_bit_equal_to_captured(done):
     routed, routes, _ = runnable(flux.load("routed"))(ids, positions, lens, lens, bias, rows)
     assert routes.all()
     assert torch.equal(dense, routed)
+
+
+def test_the_kind_block(folder, tmp_path):
+    options = CalibrateOptions(budget=0.5, effort="quick", sparse_kind="block", decode="full", sink=4, window=200)
+    made = transform(folder, tmp_path / "m.flux", options=options)
+    assert {(layer.kind, layer.block, layer.stride, layer.threshold) for layer in made.plan.layers} == {
+        ("block", 16, 2, 0.9)
+    }
+    flux = open_flux(made.path)
+    assert flux.plan == made.plan
+    attributes = {node.kwargs["kind"] for node in calls(flux.load("routed"), torch.ops.fluxc.routed_attention)}
+    assert attributes == {"block"}
+    assert made.plan.kv_slots([False, False], 300) == made.plan.kv_slots([True, True], 300)
+    assert made.report["needs"] != [[0.0] * 2] * TINY.measured
 
 
 def test_interrupted_measurements_are_taken_up(folder, options, tmp_path, monkeypatch):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fluxc.archive import load_program, save_program
-from fluxc.ir.graph import Draft, calls, runnable
+from fluxc.errors import PlanError
+from fluxc.ir.graph import Draft, argument, calls, runnable
 from fluxc.ir.printer import program_text
 from fluxc.ir.sparse import SparseSettings
 from fluxc.passes.apply_plan import ApplyPlan
@@ -127,3 +128,12 @@ def test_keys_that_are_values_are_passed_once(toy_routed):
     assert len(cond.args[3]) == 2
     inputs = toy_routed_inputs(1, -torch.inf, batch=1)
     assert torch.equal(_run(lowered, *inputs)[0], _run(routed, *inputs)[0])
+
+
+def test_the_kind_block_is_refused_with_the_layer(toy_routed):
+    blocks = SparseSettings("block", 2, 4, 0, True, 16, 4, 0.9)
+    routed = toy_routed()
+    layer = argument(calls(routed, torch.ops.fluxc.routed_attention)[0], "layer")
+    program = ApplyPlan({layer: blocks}).apply(routed).program
+    with pytest.raises(PlanError, match=f"layer {layer} has the sparse kind block"):
+        LowerToCond().apply(program)
