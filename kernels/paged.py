@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NoReturn
 
 import torch
@@ -11,29 +12,50 @@ from fluxc.errors import UserError
 from fluxc.kernels.row_call import DTYPES
 from fluxc.kernels.schemas import PAGE
 
+PIECE_BYTES = 2 << 20  # of a copy: a large fresh one costs more in page faults than the copy itself
 
-def gather(cache: Tensor, pages: Tensor, slots: int) -> Tensor:
-    """Keys and values [2,Hk,slots,D] of a request whose slots lie on `pages` i32[P], in slot order: one copy."""
+
+def gather(op: str, cache: Tensor, pages: Tensor, slots: int) -> Tensor:
+    """Keys and values [2,Hk,slots,D] of a request whose slots lie on `pages` i32[P], in slot order: one copy.
+
+    Raises UserError, naming the op, for a page that the cache does not have.
+    """
+    return next(_pieces(op, cache, pages, slots, -(-slots // PAGE) or 1))
+
+
+def pieces(op: str, cache: Tensor, pages: Tensor, slots: int) -> Iterator[Tensor]:
+    """`gather` some pages at a time, for readers that merge what they make of each: all lie in the same memory."""
+    return _pieces(op, cache, pages, slots, max(1, PIECE_BYTES // (cache[0].numel() * cache.element_size())))
+
+
+def _pieces(op: str, cache: Tensor, pages: Tensor, slots: int, each: int) -> Iterator[Tensor]:
     count, _, heads, page, width = cache.shape
-    pages = pages[: -(-slots // page)].long()
     if not cache.is_contiguous():
-        return cache[pages].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :slots]
+        cache = cache.contiguous()
     # Rows of one head of one page: the copy comes out in the order that attention reads.
-    side_and_head = torch.arange(2 * heads, device=cache.device)
-    rows = pages * (2 * heads) + side_and_head[:, None]
-    gathered = cache.view(count * 2 * heads, page * width).index_select(0, rows.flatten())
-    return gathered.view(2, heads, -1, width)[:, :, :slots]
+    source = cache.view(count * 2 * heads, page * width)
+    pages = pages[: -(-slots // page)].long()
+    rows = pages * (2 * heads) + torch.arange(2 * heads, device=cache.device)[:, None]
+    room = source.new_empty(2 * heads * min(each, len(pages)), page * width)
+    for first in range(0, max(1, len(pages)), each):
+        chosen = rows[:, first : first + each].flatten()
+        try:
+            found = torch.index_select(source, 0, chosen, out=room[: len(chosen)])
+        except IndexError as error:
+            low, high = int(pages.min()), int(pages.max())
+            raise UserError(f"fluxc::{op}: page_table must lie in 0..{count - 1}, found {low}..{high}") from error
+        yield found.view(2, heads, -1, width)[:, :, : slots - first * page]
 
 
 def check(op: str, q: Tensor, cache: Tensor, page_table: Tensor, lens: Tensor, sink_logits: Tensor | None) -> None:
     """Raise UserError, naming op, argument and limit, unless q [B,H,..,D] fits the cache, its table and lengths.
 
-    The values of page_table and lens are read, so they are checked on the CPU only: elsewhere that would stall the
-    device, and its kernels answer a length past the table with NaN.
+    The values of lens are read on the CPU only: elsewhere that would stall the device, whose kernels answer a length
+    past the table with NaN.
     """
     problem = _cache_problem(q, cache) or _table_problem(q, page_table, lens, sink_logits)
     if not problem and not lens.is_cuda:
-        problem = _range_problem(cache, page_table, lens)
+        problem = _range_problem(page_table, lens)
     if problem:
         refuse(op, problem)
 
@@ -73,12 +95,9 @@ def _table_problem(q: Tensor, page_table: Tensor, lens: Tensor, sink_logits: Ten
     return None
 
 
-def _range_problem(cache: Tensor, page_table: Tensor, lens: Tensor) -> str | None:
-    low, high, capacity = int(lens.min()), int(lens.max()), page_table.shape[1] * PAGE
-    if low < 0 or high > capacity:
-        return f"lens must lie in 0..{capacity}, the slots of {page_table.shape[1]} pages, found {low}..{high}"
-    columns = torch.arange(page_table.shape[1], device=lens.device)
-    read = page_table[columns < -(-lens[:, None] // PAGE)]
-    if read.numel() and (int(read.min()) < 0 or int(read.max()) >= cache.shape[0]):
-        return f"page_table must lie in 0..{cache.shape[0] - 1}, found {int(read.min())}..{int(read.max())}"
+def _range_problem(page_table: Tensor, lens: Tensor) -> str | None:
+    found, capacity = lens.tolist(), page_table.shape[1] * PAGE
+    if min(found) < 0 or max(found) > capacity:
+        pages = f"the slots of {page_table.shape[1]} pages"
+        return f"lens must lie in 0..{capacity}, {pages}, found {min(found)}..{max(found)}"
     return None

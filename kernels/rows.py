@@ -5,7 +5,7 @@ A request never sees the others of its batch: its result is the same bit for bit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,17 +68,22 @@ def attend(
     return out[..., :width].contiguous(), lse
 
 
-def attend_keys(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float = 0.0, sink_logits: Tensor | None = None
-) -> Tensor:
-    """Attention of one query q [H,D] over all keys k, v [Hk,T,D] -> [H,D]; a key head's queries are rows of a piece."""
+def attend_keys(q: Tensor, parts: Iterable[Tensor], how: Scores, sink_logits: Tensor | None = None) -> Tensor:
+    """Attention of one query q [H,D] over all keys and values, in parts [2,Hk,T,D] -> [H,D].
+
+    The queries of a key head are the rows of a piece. A part's memory may be used again for the next one.
+    """
     q = q if q.stride(-1) == 1 else q.contiguous()
-    groups = q.unflatten(0, (k.shape[0], -1))
-    out, lse = flash(groups[None], k[None], v[None], Scores(scale, softcap))
+    found = [flash(q.unflatten(0, (k.shape[0], -1))[None], k[None], v[None], how) for k, v in parts]
+    out, lse = found[0]
+    if len(found) > 1:
+        lses = torch.cat([lse for _, lse in found])
+        weights = torch.softmax(lses, 0).unsqueeze(-1)
+        out = (torch.cat([out for out, _ in found]) * weights).sum(0, keepdim=True)
+        lse = torch.logsumexp(lses, 0, keepdim=True)
     if sink_logits is not None:
-        keep = torch.sigmoid(lse.flatten() - sink_logits.to(lse.dtype))
-        return (out.flatten(0, 2) * keep[:, None]).to(q.dtype)
-    return out.flatten(0, 2)
+        out = out * torch.sigmoid(lse - sink_logits.to(lse.dtype).view(lse.shape))[..., None]
+    return out.flatten(0, 2).to(q.dtype)
 
 
 def attend_backward(

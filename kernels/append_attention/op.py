@@ -59,7 +59,7 @@ def _gathered(
     rows = []
     numbers = zip(lens.tolist(), start.tolist(), sinks.tolist(), windows.tolist(), strict=True)
     for b, (slots, begin, sink, window) in enumerate(numbers):
-        old = _in_order(paged.gather(cache, page_table[b], slots), begin, sink, window)
+        old = _in_order(paged.gather("append_attention", cache, page_table[b], slots), begin, sink, window)
         keys, values = (torch.cat([past, own[b]], 1)[None] for past, own in zip(old, (k, v), strict=True))
         plan = plan_rows(slots, slots + q.shape[2], sink=sink, window=window)
         rows.append(attend(q[b, None], keys, values, [plan], Scores(scale, softcap), sink_logits)[0])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fluxc.kernels import paged
 from fluxc.kernels.define import Provider, choose, define_plain, triton_provider
+from fluxc.kernels.flash_pieces import Scores
 from fluxc.kernels.rows import attend_keys
 
 
@@ -49,6 +50,6 @@ def _gathered(
     out = q.new_zeros(q.shape)
     for b, slots in enumerate(lens.tolist()):
         if slots:
-            k, v = paged.gather(cache, page_table[b], slots)
-            out[b] = attend_keys(q[b], k, v, scale, softcap, sink_logits)
+            parts = paged.pieces("decode_attention", cache, page_table[b], slots)
+            out[b] = attend_keys(q[b], parts, Scores(scale, softcap), sink_logits)
     return out

@@ -41,10 +41,10 @@ def routed_attention(
         for b, n in enumerate(prompt_lens.tolist()):
             if n:
                 one = slice(b, b + 1)
-                prompt = [x[one, :, :n] for x in (q, k, v)]
+                b_q, b_k, b_v = (x[one, :, :n] for x in (q, k, v))
                 sizes: dict[str, Any] = {"block": block, "stride": stride, "threshold": threshold}
-                lists = block_scores(*prompt[:2], scale=scale, layer=layer, **sizes)
-                sparse[one, :n] = block_attention(*prompt, *lists, block=block, **how)
+                index, count = block_scores(b_q, b_k, scale=scale, layer=layer, **sizes)
+                sparse[one, :n] = block_attention(b_q, b_k, b_v, index, count, block=block, **how)
         return torch.where(route[:, None, None, None], full, sparse)
     last = last if kind == "triangle" else 0
     rows: dict[str, Any] = {"sink": sink, "window": window, "last": last, "decode_full": decode_full}
