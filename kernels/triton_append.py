@@ -106,7 +106,7 @@ def append_attention(
         q, k, v, cache, page_table, lens, start, sinks, windows, sink_logits, out, scale * LOG2E, *q.stride()[:3],
         *k.stride()[:3], *v.stride()[:3], page_table.stride(0), heads, cache.shape[2], rows, cache.shape[0],
         page_table.shape[1], D=width, WIDTH=config.padded(width), BM=tiles.rows, BN=tiles.keys, PAGE=PAGE,
-        SINK_LOGITS=sink_logits is not None, SOFTCAP=float(softcap), PRECISION=input_precision(),
+        SINK_LOGITS=sink_logits is not None, SOFTCAP=float(softcap), PRECISION=input_precision(q),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out

@@ -223,7 +223,7 @@ def gradients(
     shared = {
         "D": width, "WIDTH": padded, "SPARSE": call.sparse, "HAS_ROUTE": call.route is not None,
         "HAS_PROMPT": call.prompt_lens is not None, "DECODE_FULL": call.decode_full,
-        "PRECISION": input_precision(),
+        "PRECISION": input_precision(q),
     }  # fmt: skip
     sizes = shape_arguments(q, k, call, tiles.dq_rows)
     dq_kernel[(sizes["n_tiles"] * sizes["batch_heads"],)](

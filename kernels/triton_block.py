@@ -95,7 +95,7 @@ def block_attention(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, heads // k.shape[1], batch * heads, rows, n_tiles,
         block_count.shape[2], block_index.shape[3], D=q.shape[3], DV=v.shape[3], WIDTH=config.padded(q.shape[3]),
         WIDTH_V=config.padded(v.shape[3]), BLOCK=block, BM=m, BN=n, STAGES=tiles.stages, TMA=tiles.loader == "tma",
-        SINK_LOGITS=sink_logits is not None, SOFTCAP=float(softcap), PRECISION=input_precision(),
+        SINK_LOGITS=sink_logits is not None, SOFTCAP=float(softcap), PRECISION=input_precision(q),
         num_warps=tiles.warps if m * n > 64 * 64 else 4, num_stages=tiles.stages,
     )  # fmt: skip
     return out

@@ -154,7 +154,7 @@ def decode_attention(
         S2=triton.next_power_of_2(splits),
         G=group, M=max(16, triton.next_power_of_2(group)), D=width, WIDTH=padded, PAGE=PAGE,
         SINK_LOGITS=sink_logits is not None,
-        SOFTCAP=float(softcap), PRECISION=input_precision(), num_warps=tiles.warps,
+        SOFTCAP=float(softcap), PRECISION=input_precision(q), num_warps=tiles.warps,
         # The page number is loaded ahead of its page: Triton shares the stages between the two.
         num_stages=2 * tiles.buffers + 1,
     )  # fmt: skip

@@ -136,9 +136,10 @@ def not_tma(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     return None
 
 
-def input_precision() -> str:
+def input_precision(q: torch.Tensor) -> str:
     """How fp32 operands are multiplied: as torch multiplies matrices, or with three TF32 products, 21 bits and more."""
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    full = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "tf32x3" if full else "tf32"
 
 
 def flag(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -202,7 +203,7 @@ def _launch_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.
         call.scale * LOG2E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **sizes,
         D=q.shape[-1], DV=v.shape[-1], WIDTH=width, WIDTH_V=width_v, BM=tiles.rows, BN=tiles.keys,
         STAGES=tiles.stages, TMA=tiles.loader == "tma", LSE=lse is not None,
-        PRECISION=input_precision(), **_options(call),
+        PRECISION=input_precision(q), **_options(call),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 

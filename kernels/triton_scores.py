@@ -105,7 +105,7 @@ def block_scores(
     sums_kernel[(triton.cdiv(chunks, tile), heads, batch)](
         q, k, sums, scale / stride * LOG2E, *q.stride()[:3], *k.stride()[:3], heads, heads // k.shape[1], rows, chunks,
         blocks, D=width, WIDTH=config.padded(width), STRIDE=stride, PER=per, BM=tile, BN=tile,
-        PRECISION=input_precision(), num_warps=8 if tile >= 128 else 4, num_stages=stages,
+        PRECISION=input_precision(q), num_warps=8 if tile >= 128 else 4, num_stages=stages,
     )  # fmt: skip
     # Entries past a row's count mean nothing and stay as they are.
     index = torch.empty(batch, heads, blocks, blocks, dtype=torch.int32, device=q.device)

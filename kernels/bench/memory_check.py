@@ -8,7 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fluxc.kernels import triton_backward, triton_config, triton_decode, triton_router
+from fluxc.kernels import (
+    triton_append,
+    triton_backward,
+    triton_block,
+    triton_config,
+    triton_decode,
+    triton_fused,
+    triton_kv,
+    triton_qkv,
+    triton_router,
+    triton_scores,
+)
 from fluxc.kernels.schemas import PAGE
 from fluxc.kernels.triton_launch import Call, attend, attend_with_lse
 
@@ -21,9 +32,12 @@ def main() -> None:
     for width in (64, 128, 256):
         _attention(width)
         _gradients(width)
-        _decode(width)
+        _paged(width)
+        _blocks(width)
+        _projections(width)
     for width in (64, 128):
         _router(width)
+    _elementwise()
 
 
 def _operands(width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,12 +61,39 @@ def _gradients(width: int) -> None:
     _finite(*triton_backward.gradients(q, k, v, out, lse, torch.randn_like(out), call))
 
 
-def _decode(width: int) -> None:
+def _paged(width: int) -> None:
     cache = torch.randn(9, 2, 2, PAGE, width, device="cuda", dtype=DTYPE)
     table = torch.randperm(9, device="cuda")[:8].int().view(1, 8)
     lens = torch.tensor([8 * PAGE - 12], device="cuda", dtype=torch.int32)
     q = torch.randn(1, 8, width, device="cuda", dtype=DTYPE)
     _finite(triton_decode.decode_attention(q, cache, table, lens, scale=0.1))
+    (turn, k, v), zero = _operands(width), torch.zeros(1, dtype=torch.int64, device="cuda")
+    for sinks, windows, start in ((zero, zero, lens.long()), (zero + 20, zero + 480, zero + 900)):
+        kept = torch.minimum(lens, torch.where(windows == 0, lens, sinks + windows).int())
+        _finite(triton_append.append_attention(turn, k, v, cache, table, kept, start, sinks, windows, scale=0.1))
+    triton_kv.kv_write(cache, k, v, torch.arange(ROWS, device="cuda")[None] - 1)
+    _finite(cache)
+
+
+def _blocks(width: int) -> None:
+    q, k, v = _operands(width)
+    for scorer in ("antidiagonal", "pooled"):
+        lists = triton_scores.block_scores(q, k, scale=0.1, block=64, stride=8, threshold=0.5, scorer=scorer)
+        _finite(triton_block.block_attention(q, k, v, *lists, scale=0.1, block=64))
+
+
+def _projections(width: int) -> None:
+    q, k, v = _operands(width)
+    weight, angles = torch.randn(width, device="cuda", dtype=DTYPE), torch.rand(1, ROWS, width, device="cuda").to(DTYPE)
+    cache = torch.zeros(9, 2, 2, PAGE, width, device="cuda", dtype=DTYPE)
+    slots, lens = torch.arange(ROWS, device="cuda")[None] - 1, torch.tensor([ROWS - 3], device="cuda")
+    args = (q, k, v, weight, weight, angles, angles, cache, slots, lens)
+    _finite(*triton_qkv.qk_norm_rope_cache(*args, eps=1e-6, pool=100), cache)
+
+
+def _elementwise() -> None:
+    x = torch.randn(3, ROWS, 2 * 577, device="cuda", dtype=DTYPE)
+    _finite(triton_fused.swiglu(*x.chunk(2, -1)), *triton_fused.add_rms_norm(x, x, x[0, 0], eps=1e-6))
 
 
 def _router(width: int) -> None:
