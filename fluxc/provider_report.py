@@ -11,11 +11,16 @@ SERVED_OPS = (
     "streaming_attention",
     "triangle_attention",
     "routed_attention",
+    "block_scores",
+    "block_attention",
     "router_pool",
     "router",
     "kv_write",
     "decode_attention",
     "append_attention",
+    "qk_norm_rope_cache",
+    "add_rms_norm",
+    "swiglu",
 )
 
 
@@ -52,10 +57,11 @@ def _sample_call(op: str, device: str) -> tuple[list[Any], dict[str, Any]]:
     import torch
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    tensors = {**_rows(dtype, device), **_cached(dtype, device)}
+    tensors = {**_rows(dtype, device), **_cached(dtype, device), **_fused(dtype, device)}
     if op == "decode_attention":
         tensors["q"] = tensors["q"][:, :, 0]
     options = {"scale": 0.125, "layer": 0, "sink": 16, "window": 64, "last": 16, "kind": "streaming", "pool": 100}
+    options |= {"block": 128, "stride": 16, "threshold": 0.9, "eps": 1e-6}
     schema = getattr(torch.ops.fluxc, op).default._schema
     required = [a.name for a in schema.arguments if not a.has_default_value()]
     given = [tensors[name] if name in tensors else _weight(name, device) for name in required if name not in options]
@@ -67,7 +73,17 @@ def _rows(dtype: Any, device: str) -> dict[str, Any]:
 
     q, kv = (torch.zeros(1, heads, 256, 64, dtype=dtype, device=device) for heads in (4, 2))
     route, lens = torch.ones(1, dtype=torch.bool, device=device), torch.tensor([256], device=device)
-    return {"q": q, "k": kv, "v": kv, "route": route, "prompt_lens": lens}
+    lists = torch.zeros(1, 4, 2, 2, dtype=torch.int32, device=device)
+    blocks = {"block_index": lists, "block_count": lists[..., 0]}
+    return {"q": q, "k": kv, "v": kv, "route": route, "prompt_lens": lens, **blocks}
+
+
+def _fused(dtype: Any, device: str) -> dict[str, Any]:
+    import torch
+
+    x, angles, weight = (torch.zeros(*size, 64, dtype=dtype, device=device) for size in ((256,), (1, 256), ()))
+    rows = dict.fromkeys(("x", "residual", "gate", "up"), x)
+    return {**rows, "weight": weight, "q_weight": weight, "k_weight": weight, "cos": angles, "sin": angles}
 
 
 def _cached(dtype: Any, device: str) -> dict[str, Any]:
