@@ -15,6 +15,7 @@ _VERBS: dict[str, str] = {
     "transform": "fluxc.calibrate.transform",
     "calibrate": "fluxc.calibrate.retarget",
     "train": "fluxc.train.api",
+    "export": "fluxc.exporters.export",
     "load": "fluxc.engine.load",
 }
 

@@ -58,6 +58,10 @@ class PlanError(UserError):
     """A plan does not fit the model, or asks for a budget it was not calibrated for."""
 
 
+class TargetError(UserError):
+    """A target of export cannot be had: its library is missing, or it cannot express the model."""
+
+
 class OutputExistsError(UserError):
     """The output path exists and `--force` was not given."""
 

@@ -6,31 +6,19 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from fluxc.errors import ArchiveError
+from fluxc.hashed_files import FileEntry, check_format, check_names, verify_file
 from fluxc.json_form import dump, parse, read_text, strict
 from fluxc.weight_files import TensorEntry
 
+__all__ = ["FORMAT", "NAME", "FileEntry", "Manifest"]
+
 NAME = "manifest.json"
 FORMAT = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class FileEntry:
-    """One file: SHA-256 in hexadecimal, and size in bytes."""
-
-    sha256: str
-    bytes: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileEntry:
-        """Hash a file."""
-        with path.open("rb") as file:
-            return cls(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +49,7 @@ class Manifest:
     def load(cls, path: Path) -> Manifest:
         """Read and check a manifest; raises ArchiveError for a newer format and for anything malformed."""
         values = parse(read_text(path, ArchiveError), ArchiveError, str(path))
-        _check_format(values, path)
+        check_format(values, FORMAT, path)
         manifest = strict(cls, values, ArchiveError, str(path))
         manifest = dataclasses.replace(
             manifest,
@@ -81,25 +69,10 @@ class Manifest:
         damaged = "is damaged: its SHA-256 is not the manifest's"
         for name, entry in self.files.items():
             if weights or not name.startswith("weights/"):
-                _verify_file(root / name, entry, damaged, "copy the directory again, or transform the model again")
+                verify_file(root / name, entry, damaged, "copy the directory again, or transform the model again")
         changed = f"has changed since {root} was linked to it"
         for name, entry in self.links.items() if weights else ():
-            _verify_file(Path(name), entry, changed, f"{root} has its weights there: put it back, or transform again")
-
-
-def _verify_file(path: Path, entry: FileEntry, fault: str, hint: str) -> None:
-    if not path.is_file():
-        raise ArchiveError(f"{path} is missing", hint=hint)
-    if path.stat().st_size != entry.bytes or FileEntry.of(path) != entry:
-        raise ArchiveError(f"{path} {fault}", hint=hint)
-
-
-def _check_format(values: Any, path: Path) -> None:
-    found = values.get("format") if isinstance(values, dict) else None
-    if not isinstance(found, int):
-        raise ArchiveError(f"{path} is no fluxc manifest")
-    if found > FORMAT:
-        raise ArchiveError(f"{path} has format {found}, newer than {FORMAT}", hint="update fluxc")
+            verify_file(Path(name), entry, changed, f"{root} has its weights there: put it back, or transform again")
 
 
 def _entries(cls: type[Any], values: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -108,9 +81,7 @@ def _entries(cls: type[Any], values: Mapping[str, Any], path: Path) -> dict[str,
 
 def _check_paths(manifest: Manifest, path: Path) -> None:
     entries = (*manifest.tensors.values(), *manifest.routers.values())
-    for name in manifest.files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ArchiveError(f"{path} names {name!r}, which is outside the directory")
+    check_names(manifest.files, path)
     unlisted = [entry.file for entry in entries if entry.file not in manifest.files | manifest.links]
     if unlisted:
         raise ArchiveError(f"{path} has no hash for {unlisted[0]!r}")

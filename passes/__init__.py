@@ -35,6 +35,7 @@ ORDER = (
     "rope-per-request",
     "expose-kv",
     "insert-kv-cache",
+    "insert-slot-cache",
     "append-turn",
     "outline-layers",  # last: its result is a module
     "split-phases",  # last as well

@@ -50,9 +50,9 @@ class InsertKVCache(Pass):
         fix_size(draft, draft.user_input("input_ids"), 1, 1)
         fix_size(draft, draft.user_input("logits_at"), 1, 1)
         remove_unread(draft, "seq_lens")
-        _keep_all_rows(draft)
+        keep_all_rows(draft)
         remove_unread(draft, "logits_at")
-        _drop_length_of_logits(draft)
+        drop_length_of_logits(draft)
         return len(attentions)
 
 
@@ -78,8 +78,8 @@ def _decode(draft: Draft, node: Node, index: int, inputs: dict[str, Node]) -> No
     draft.graph.erase_node(node)
 
 
-def _keep_all_rows(draft: Draft) -> None:
-    """Case 2."""
+def keep_all_rows(draft: Draft) -> None:
+    """Make the rows that reach the head all there are: case 2 of `insert-kv-cache`."""
     rows = draft.user_input("logits_at")
     for node in list(draft.graph.nodes):
         if is_call(node, aten.gather) and node.args[1] == 1 and rows in walk_back(node.args[2], _is_input):
@@ -91,7 +91,8 @@ def _is_input(node: Node) -> bool:
     return node.op == "placeholder"
 
 
-def _drop_length_of_logits(draft: Draft) -> None:
+def drop_length_of_logits(draft: Draft) -> None:
+    """logits [B,1,V] as [B,V]."""
     outputs: Any = draft.output.args[0]
     with draft.inserting_before(draft.output):
         last = draft.call(aten.select.int, (outputs[0], 1, 0), name="logits")

@@ -26,6 +26,7 @@ COMMANDS = {
     "transform": "fluxc.cli.transform",
     "calibrate": "fluxc.cli.calibrate",
     "train": "fluxc.cli.train",
+    "export": "fluxc.cli.export",
     "run": "fluxc.cli.run",
     "bench": "fluxc.cli.bench",
 }

@@ -69,11 +69,11 @@ def add_inputs(draft: Draft, names: Sequence[str]) -> dict[str, Node]:
     attentions = attention_nodes(draft.graph)
     geometry = kv_geometry(attentions)
     tokens = draft.user_input("input_ids").meta["val"]
-    sizes: dict[str, Any] = {"A": len(attentions), "B": tokens.shape[0], "S": tokens.shape[1], "P": _free_size(draft)}
+    sizes: dict[str, Any] = {"A": len(attentions), "B": tokens.shape[0], "S": tokens.shape[1], "P": free_size(draft)}
     added = {}
     for name in names:
         if name == "cache":
-            shape: list[Any] = [_free_size(draft), 2, geometry.heads, PAGE, geometry.width]
+            shape: list[Any] = [free_size(draft), 2, geometry.heads, PAGE, geometry.width]
             dtype = geometry.dtype
         else:
             dtype_name, axes = KV_TYPES[name]
@@ -103,7 +103,7 @@ def remove_unread(draft: Draft, name: str) -> None:
     draft.remove_input(node)
 
 
-def _free_size(draft: Draft) -> Any:
+def free_size(draft: Draft) -> Any:
     """A new symbolic size, from 1 up."""
     shapes = draft.fake_mode.shape_env
     source = ConstantSource(f"fluxc_size_{len(shapes.var_to_range)}")

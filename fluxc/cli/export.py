@@ -1,0 +1,66 @@
+"""`fluxc export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fluxc.cli.command import command
+from fluxc.cli.outputs import check_folder
+from fluxc.cli.screen import Screen
+from fluxc.cli.tables import size
+
+
+@command(
+    "export",
+    makes=True,
+    examples="""
+    fluxc export --target onnx
+    fluxc export model.flux --target onnx -o engine/
+    fluxc export model.flux --target onnx --dry-run
+    """,
+)
+@click.argument("model", metavar="[MODEL.flux]", required=False, type=click.Path(path_type=Path))
+@click.option("--target", required=True, metavar="onnx|aoti|trt", help="What the engine runs on.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.  [default: engine-<target>]")
+@click.option(
+    "--verify/--no-verify", default=True, help="Compare with the routed program before keeping it.  [default: verify]"
+)
+def export(
+    screen: Screen, model: Path | None, target: str, output: Path | None, verify: bool, force: bool, dry_run: bool
+) -> None:
+    """Write an engine of MODEL.flux that runs without fluxc: prefill with its routers, decode, weights once.
+
+    MODEL.flux may be left out where the working directory holds only one. One engine serves every budget: the biases
+    are an input of the prefill program.
+    """
+    from fluxc.exporters import targets
+
+    targets.exporter(target)  # a missing library is said before torch is even loaded
+    from fluxc.exporters import export as library
+
+    place = output or Path(f"engine-{target}")
+    check_folder(place)
+    done = library.export(
+        model, target=target, output=place, verify=verify, force=force, dry_run=dry_run, progress=screen.progress()
+    )
+    screen.show(*_lines(done.report))
+    screen.result(done.report)
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    what = f"{report['model']} to {report['engine']} for {report['target']}"
+    layers = f"{report['routable']} of {report['attentions']} attentions become conditionals"
+    if report["dry_run"]:
+        return [f"would export {what}: {layers}, {size(report['weight_bytes'])} of weights"]
+    verified = report["verified"]
+    lines = [f"exported {what}: {layers}, {size(report['bytes'])}"]
+    if verified:
+        lengths = ", ".join(map(str, verified["lengths"]))
+        lines.append(
+            f"verified at {lengths} tokens: logits within {verified['prefill']:.1e} (prefill), "
+            f"{verified['decode']:.1e} (decode)"
+        )
+    return lines
