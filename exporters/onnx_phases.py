@@ -16,9 +16,11 @@ class OnnxPhases:
 
     sessions: OnnxSessions
 
-    def prefill(self, input_ids: Tensor, route_bias: Tensor, logits_at: Tensor) -> dict[str, Tensor]:
-        """See `parity.Phases.prefill`."""
-        lens = torch.tensor([input_ids.shape[1]])
+    def prefill(
+        self, input_ids: Tensor, route_bias: Tensor, logits_at: Tensor, prompt_lens: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """See `parity.Phases.prefill`; `prompt_lens` i64[1] is the whole length where it is not given."""
+        lens = torch.tensor([input_ids.shape[1]]) if prompt_lens is None else prompt_lens
         found = self.sessions.prefill(*(tensor.numpy() for tensor in (input_ids, lens, route_bias, logits_at)))
         return {name: torch.from_numpy(array) for name, array in found.items()}
 

@@ -1,4 +1,4 @@
-"""`fluxc.load`: an engine from a model.flux directory."""
+"""`fluxc.load`: an engine from a model.flux directory, or from what `fluxc export` made of one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from fluxc.engine.engine import Engine
 from fluxc.engine.options import EngineOptions
 from fluxc.engine.traced import TracedPrograms
 from fluxc.errors import OptionError, PlanError
-from fluxc.flux_dir import FluxDir, open_flux
+from fluxc.exporters import engine_dir
+from fluxc.exporters.engine_dir import EngineDir
+from fluxc.flux_dir import DEVICE, FluxDir, open_flux
 from fluxc.passes.apply_plan import ApplyPlan
 from fluxc.plan import Plan
 from fluxc.runtime import crossover
-from fluxc.runtime.model import FluxModel
+from fluxc.runtime.model import FluxModel, read_tokenizer
 
 
 def load(
@@ -27,15 +29,17 @@ def load(
     verify_weights: bool = True,
     **options: Any,
 ) -> Engine:
-    """An engine that runs the model.flux directory `path` on `device` (a GPU if there is one, else the CPU).
+    """An engine that runs the model.flux or engine directory `path` on `device` (a GPU if there is one, else the CPU).
 
     `plan`: another plan of the same model, or its file. `verify_weights`: check the hashes of the weights too.
     `options`: see EngineOptions.
 
     Raises ArchiveError, naming the file, for a directory that is damaged; PlanError for a plan of another model;
     OptionError for a device that is not here, or unknown options; UnsupportedAttentionError for a model whose layers
-    one cache cannot hold.
+    one cache cannot hold; TargetError for an engine whose runtime is not installed.
     """
+    if (Path(path) / engine_dir.NAME).is_file():
+        return exported(engine_dir.open_engine(path), device, plan=plan, **options)
     return engine_of(FluxModel(open_flux(path, verify_weights), _device(device)), plan=plan, **options)
 
 
@@ -55,13 +59,35 @@ def engine_of(model: FluxModel, *, plan: str | Path | Plan | None = None, **opti
     )
 
 
-def _plan(flux: FluxDir, plan: str | Path | Plan | None) -> Plan:
+def exported(
+    made: EngineDir, device: str | None = None, *, plan: str | Path | Plan | None = None, **options: Any
+) -> Engine:
+    """The engine of an opened engine directory."""
+    if made.manifest.target != "onnx" or torch.device(device or "cpu").type != "cpu":
+        where = f"an engine for {made.manifest.target} on {device or 'cpu'}"
+        raise OptionError(f"fluxc cannot run {where} yet", hint="load an onnx engine on the CPU")
+    from fluxc.exporters.onnx_programs import OnnxPrograms
+
+    settings = EngineOptions.from_dict(options)
+    chosen = _plan(made, plan)
+    folder = made.path / "tokenizer"
+    return Engine(
+        OnnxPrograms(made),
+        chosen,
+        tokenizer=read_tokenizer(folder) if folder.is_dir() else None,
+        eos_ids=[int(token) for token in made.manifest.meta.get("eos_ids", [])],
+        crossover=functools.cache(lambda budget: crossover.of_plan(made.path / DEVICE, chosen, budget, "cpu")),
+        options=settings,
+    )
+
+
+def _plan(made: FluxDir | EngineDir, plan: str | Path | Plan | None) -> Plan:
     if plan is None:
-        return flux.plan
+        return made.plan
     other = plan if isinstance(plan, Plan) else Plan.load(plan)
-    other.check_model(flux.plan.model)
-    if other.pool != flux.plan.pool or ApplyPlan.of(other) != ApplyPlan.of(flux.plan):
-        raise PlanError(f"the plan has other kinds or sizes than the graph in {flux.path}", hint="transform it again")
+    other.check_model(made.plan.model)
+    if other.pool != made.plan.pool or ApplyPlan.of(other) != ApplyPlan.of(made.plan):
+        raise PlanError(f"the plan has other kinds or sizes than the graph in {made.path}", hint="transform it again")
     return other
 
 

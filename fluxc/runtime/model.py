@@ -61,13 +61,7 @@ class FluxModel:
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The source's tokenizer, from the directory alone; raises DataError where it has none."""
-        from transformers import AutoTokenizer
-
-        folder = self.flux.path / "tokenizer"
-        try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as cause:
-            raise DataError(f"{folder} holds no tokenizer", hint="give token ids") from cause
+        return read_tokenizer(self.flux.path / "tokenizer")
 
     @property
     def has_tokenizer(self) -> bool:
@@ -163,6 +157,16 @@ class FluxModel:
         logits = self.captured(*batch.captured())
         routes = torch.ones(len(self.plan.layers), batch.size, dtype=torch.bool, device=self.device)
         return Prefill(logits, routes, None, now(self.device) - start, "captured")
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer whose files `folder` holds; raises DataError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as cause:
+        raise DataError(f"{folder} holds no tokenizer", hint="give token ids") from cause
 
 
 def forced_bias(routes: Routes, layers: int, batch: int) -> Tensor:

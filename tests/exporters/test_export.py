@@ -17,24 +17,15 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not inst
 
 import numpy as np  # noqa: E402
 
-import fluxc  # noqa: E402
 from fluxc.errors import ArchiveError, PlanError, SelfCheckError  # noqa: E402
 from fluxc.exporters import engine_dir, parity  # noqa: E402
 from fluxc.exporters.engine_dir import open_engine, update_plan  # noqa: E402
 from fluxc.exporters.onnx import phases  # noqa: E402
 from fluxc.exporters.onnx_attention import CHUNK  # noqa: E402
 from fluxc.flux_dir import open_flux  # noqa: E402
-from fluxc.toy_flux import TOY, toy_flux  # noqa: E402
+from fluxc.toy_flux import TOY  # noqa: E402
 
 ROUTABLE = sum(window == 0 for window in TOY.windows)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """One export for all tests here; half of its time is torch.onnx's fixed cost."""
-    folder = tmp_path_factory.mktemp("export")
-    flux = toy_flux(folder / "toy.flux", tokenizer_files={"tokenizer.json": "{}"})
-    return flux, fluxc.export(flux.path, target="onnx", output=folder / "engine")
 
 
 @pytest.fixture
@@ -87,8 +78,9 @@ def test_a_wrong_engine_is_found(made):
 def test_contents(made):
     flux, exported = made
     found = open_engine(exported.path, "onnx")
-    names = {"README.md", "plan.json", "prefill.onnx", "decode.onnx", "weights.bin", "tokenizer/tokenizer.json"}
-    assert set(found.manifest.files) == names
+    names = {"README.md", "plan.json", "prefill.onnx", "decode.onnx", "weights.bin"}
+    assert {name for name in found.manifest.files if not name.startswith("tokenizer/")} == names
+    assert "tokenizer/tokenizer.json" in found.manifest.files
     assert found.plan == flux.plan
     assert (found.manifest.vocabulary, found.manifest.dtype) == (TOY.vocab, "float32")
     assert [layer["routable"] for layer in found.manifest.layers] == [True, False, True]
