@@ -40,7 +40,7 @@ class Functions:
     def table(self) -> dict[Any, Callable[..., Any]]:
         """How `torch.onnx.export` translates each op of ours, and linear over weights stored once."""
         ops = torch.ops.fluxc
-        methods = {
+        methods: dict[Any, Callable[..., Any]] = {
             ops.attention.default: self._attention,
             ops.routed_attention.default: self._routed_attention,
             ops.router_pool.default: self._router_pool,

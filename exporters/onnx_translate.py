@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript import opset21 as op
+from onnxscript import opset21
 from torch.export.exported_program import ExportedProgram
 
 from fluxc import kernels
@@ -20,6 +20,7 @@ from fluxc.exporters.onnx_functions import Functions
 from fluxc.ir.nodes import user_inputs
 
 aten = torch.ops.aten
+op: Any = opset21  # its stubs know the types of a graph's text, not of what is traced
 _LOGGERS = ("onnxscript", "onnx_ir", "torch.onnx", "torch.onnx._internal.exporter._registration")
 
 
@@ -65,7 +66,7 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
 def _attach(model: ir.Model, functions: Functions) -> None:
     model.opset_imports[DOMAIN] = 1
     for proto in functions.parsed():
-        function = ir.from_proto(proto)
+        function = ir.serde.deserialize_function(proto)
         model.functions[function.identifier()] = function
 
 

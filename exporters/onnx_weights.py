@@ -49,7 +49,7 @@ class _Writer:
             self._places[digest],
             len(content),
             tensor.dtype,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor.shape.numpy()),
             name=name,
             base_dir=self._root,
         )

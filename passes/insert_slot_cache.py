@@ -85,7 +85,7 @@ def _decode(draft: Draft, node: Node, index: int, inputs: dict[str, Node], cache
             _scatter(draft, caches[name], argument(node, name), slot, f"{name}_cache_{index}_out") for name in "kv"
         ]
         seen = _seen(draft, written[0], of_layer(draft, inputs["lens"], index))
-        out = _attend(draft, node, *written, seen)
+        out = _attend(draft, node, written[0], written[1], seen)
     node.replace_all_uses_with(out)
     draft.graph.erase_node(node)
     return written

@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from fluxc.errors import UnsupportedAttentionError
+from fluxc.errors import InternalError, UnsupportedAttentionError
 from fluxc.ir.graph import Draft, argument, is_call
 from fluxc.ir.layers import attention_nodes
 from fluxc.kernels.schemas import PAGE
@@ -104,10 +104,22 @@ def remove_unread(draft: Draft, name: str) -> None:
 
 
 def free_size(draft: Draft) -> Any:
-    """A new symbolic size, from 1 up."""
+    """A new symbolic size, from 1 up; never one that the program has already."""
     shapes = draft.fake_mode.shape_env
+    used = _symbols(draft)
+    # torch numbers a symbol by a hash of its source, modulo 100. A loaded program's symbols are not known to it.
+    shapes.unique_ids.update(int(name[1:]) for name in used if name[1:].isdigit())
     source = ConstantSource(f"fluxc_size_{len(shapes.var_to_range)}")
     options: dict[str, Any] = {"dynamic_dim": DimDynamic.DYNAMIC, "do_not_specialize_zero_one": True}
     symbol = shapes.create_symbol(_EXAMPLE, source, **options)
+    if symbol.name in used:
+        raise InternalError(f"a new size got the symbol {symbol.name}, which the program has already")
     draft.range_constraints[symbol] = ValueRanges(1, int_oo)
     return shapes.create_symintnode(symbol, hint=_EXAMPLE, source=source)
+
+
+def _symbols(draft: Draft) -> set[str]:
+    """Names of the symbols in the shapes of the program's inputs."""
+    sizes = [size for node in draft.placeholders() for size in getattr(node.meta.get("val"), "shape", ())]
+    free = [size.node.expr.free_symbols for size in sizes if isinstance(size, torch.SymInt)]
+    return {symbol.name for symbol in (*draft.range_constraints, *(each for symbols in free for each in symbols))}

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import fluxc
+from fluxc.archive import load_program, save_program
 from fluxc.errors import UnsupportedAttentionError
 from fluxc.ir.graph import Draft, runnable, user_inputs
+from fluxc.ir.kv import free_size
 from fluxc.passes.drop_routers import DropRouters
 from fluxc.passes.insert_slot_cache import InsertSlotCache
 from fluxc.passes.rope_per_request import RopePerRequest
@@ -91,3 +93,12 @@ def test_layers_that_differ_are_refused(toy):
     first.args = (first.args[0], k, v)
     with pytest.raises(UnsupportedAttentionError, match="layer 0 caches 2 heads of 8, layer 1 1 heads of 8"):
         InsertSlotCache().apply(draft.close())
+
+
+def test_sizes_of_a_loaded_program_stay_apart(toy, tmp_path):
+    """torch names a size by a number below 100 and does not know those of a loaded program."""
+    save_program(toy(ToyConfig(windows=(0,))), tmp_path / "toy.pt2")
+    draft = Draft(load_program(tmp_path / "toy.pt2")[0])
+    own = {str(size) for node in draft.placeholders() for size in node.meta["val"].shape}
+    added = [str(free_size(draft)) for _ in range(100)]
+    assert len(own | set(added)) == len(own) + 100
