@@ -11,6 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 
 from fluxc.artifact import versions
 from fluxc.atomic import atomic_file
+from fluxc.bench.kept_rows import KeptRows
 from fluxc.bench.nestedness import nestedness, nestedness_table
 from fluxc.bench.static import calibration_prompts
 from fluxc.bench.summary import tables
@@ -85,18 +87,39 @@ def systems_of(model: FluxModel, budgets: Sequence[float], ranking: dict[str, to
     return systems
 
 
+def chosen(systems: Sequence[System], only: Sequence[str]) -> list[System]:
+    """Dense and the systems that match one of `only`; all of them where it names none."""
+    unknown = [name for name in only if not any(fnmatch(system.name, name) for system in systems)]
+    if unknown:
+        names = ", ".join(system.name for system in systems)
+        raise DataError(f"no system is called {unknown[0]}", hint=f"these are: {names}")
+    return [s for s in systems if not only or s.name == "dense" or any(fnmatch(s.name, name) for name in only)]
+
+
 def run_suite(
-    model: FluxModel, prompts: Sequence[TokenizedPrompt], systems: Sequence[System], bar: Any
+    model: FluxModel,
+    suite: str,
+    prompts: Sequence[TokenizedPrompt],
+    systems: Sequence[System],
+    kept: KeptRows,
+    bar: Any,
 ) -> list[dict[str, Any]]:
     """One row a prompt and system: loss in nats, exact match, full share, routes as a string."""
     rows = []
     for index, prompt in enumerate(prompts):
-        for system, outcome in zip(systems, _outcomes(model, prompt, systems), strict=True):
-            routes = "".join("1" if full else "0" for full in outcome.routes)
-            row = {"prompt": index, "task": prompt.task, "tokens": len(prompt), "system": system.name}
-            rows.append(row | {"loss": outcome.loss, "exact": outcome.exact if prompt.asks else None, "routes": routes})
+        missing = [system for system in systems if kept.get(suite, index, system.name) is None]
+        bar(len(systems) - len(missing))
+        for system, outcome in zip(missing, _outcomes(model, prompt, missing), strict=True):
+            kept.add([_row(suite, index, prompt, system, outcome)])
             bar()
+        rows += [kept.get(suite, index, system.name) or {} for system in systems]
     return rows
+
+
+def _row(suite: str, index: int, prompt: TokenizedPrompt, system: System, outcome: Outcome) -> dict[str, Any]:
+    routes = "".join("1" if full else "0" for full in outcome.routes)
+    row = {"suite": suite, "prompt": index, "task": prompt.task, "tokens": len(prompt), "system": system.name}
+    return row | {"loss": outcome.loss, "exact": outcome.exact if prompt.asks else None, "routes": routes}
 
 
 def _outcomes(model: FluxModel, prompt: TokenizedPrompt, systems: Sequence[System]) -> Iterator[Outcome]:
@@ -128,6 +151,9 @@ def rankings(model: FluxModel, left_out: int, bar: Any) -> dict[str, torch.Tenso
 @click.option("--suite", "suites", multiple=True, type=click.Choice(sorted(SUITES)), help="Default: all four.")
 @click.option("--budget", "budgets", multiple=True, type=click.FloatRange(0, 1), help=f"Default: {BUDGETS}.")
 @click.option("--share", default=1.0, type=click.FloatRange(0, 1, min_open=True), help="Share of each suite's prompts.")
+@click.option(
+    "--system", "only", multiple=True, help="Only these systems, and dense; `static*` takes all of that name."
+)
 @click.option("--leave-one-out", "left_out", default=0, show_default=True, help="Calibration prompts to rank by.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write all rows there, as JSON.")
 @device_option
@@ -137,27 +163,33 @@ def quality(
     suites: tuple[str, ...],
     budgets: tuple[float, ...],
     share: float,
+    only: tuple[str, ...],
     left_out: int,
     output: Path | None,
     device: str | None,
 ) -> None:
-    """Compare MODEL.flux with its controls on held-out prompts."""
+    """Compare MODEL.flux with its controls on held-out prompts.
+
+    With `-o`, an interrupted run goes on where it stopped.
+    """
     model, progress = load_flux(flux, chosen_device(device)), screen.progress()
     names = suites or tuple(SUITES)
     check_suites(names, model.plan.model.context)
     progress.start("ranking layers", left_out * len(model.plan.layers) or None)
     ranking = rankings(model, left_out, progress.advance)
     budgets = budgets or BUDGETS
-    systems = systems_of(model, budgets, ranking)
+    systems = chosen(systems_of(model, budgets, ranking), only)
+    kept = KeptRows(output and output.with_name(output.name + ".rows"), conditions(model))
     ranks = {name: values.tolist() for name, values in ranking.items()}
     result: dict[str, Any] = {"conditions": conditions(model), "rankings": ranks, "suites": {}, "nestedness": {}}
     for name in names:
         prompts = prompts_of(SUITES[name], model, share)
         progress.start(name, len(prompts) * len(systems))
-        rows = run_suite(model, prompts, systems, progress.advance)
+        rows = run_suite(model, name, prompts, systems, kept, progress.advance)
         result["suites"][name], result["nestedness"][name] = rows, nestedness(rows, budgets)
         if output:  # after every suite: what is done is kept
             _write(output, result)
+    kept.remove()
     screen.show(*tables(result["suites"]), nestedness_table(result["nestedness"]))
     screen.result(result)
 

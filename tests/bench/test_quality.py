@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import fluxc.bench.quality as quality_module
 from fluxc.bench.quality import quality
 from fluxc.cli.app import run
 from fluxc.tiny_folder import CONTEXT
@@ -43,3 +45,29 @@ def test_a_suite_longer_than_the_context(flux: str, capsys: pytest.CaptureFixtur
     assert run([flux, "--suite", "text", "--device", "cpu", "-q"], quality) == 2
     said = f"error: the suite text has prompts of 6000 tokens, and the context is {CONTEXT}; choose other suites"
     assert capsys.readouterr().err.startswith(said)
+
+
+def test_interrupted_rows_are_taken_up_again(flux: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "quality.json"
+    argv = [flux, "--suite", "needle", "--share", "0.02", "--budget", "0.6", "-o", str(output), "-q", "--device", "cpu"]
+    assert run([*argv, "--system", "fluxc*"], quality) == 0
+    whole, ran = json.loads(output.read_text()), []
+    calls = quality_module.run_biases
+
+    def interrupted(*call: Any) -> Any:
+        ran.append(call)
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        return calls(*call)
+
+    monkeypatch.setattr(quality_module, "run_biases", interrupted)
+    assert run([*argv, "--system", "fluxc*"], quality) == 130
+    assert run([*argv, "--system", "fluxc*"], quality) == 0
+    assert len(ran) == len(whole["suites"]["needle"]) + 1
+    assert json.loads(output.read_text())["suites"] == whole["suites"]
+    assert not output.with_name("quality.json.rows").exists()
+
+
+def test_an_unknown_system_is_refused(flux: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([flux, "--suite", "needle", "--system", "magic", "--device", "cpu", "-q"], quality) == 2
+    assert "no system is called magic; these are: dense, every second layer, all sparse" in capsys.readouterr().err
