@@ -10,8 +10,10 @@ from fluxc.data.generator import generate
 from fluxc.data.jsonl import read_jsonl, tokenize_jsonl
 from fluxc.data.prompt import (
     CALIBRATION,
+    FAR,
     HELDOUT,
     LOCAL,
+    REASONING,
     RETRIEVAL,
     SPLITS,
     TASKS,
@@ -26,8 +28,10 @@ from fluxc.data.validity import minimum_length, validate
 
 __all__ = [
     "CALIBRATION",
+    "FAR",
     "HELDOUT",
     "LOCAL",
+    "REASONING",
     "RETRIEVAL",
     "SPLITS",
     "TASKS",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from fluxc.data import corpus
 from fluxc.data.corpus import Piece
@@ -18,6 +18,22 @@ BREAKS = (PARAGRAPH, re.compile(r"(?<=[.!?;:])\s+(?=\S)"), re.compile(r"\s+(?=\S
 """Places where a sentence may be put into a text, best first."""
 
 
+class Texts(Protocol):
+    """Where texts come from: the module `fluxc.data.corpus`, or a folder of the user's (see there for each)."""
+
+    def pieces(self, kind: str | None = None, split: str | None = None) -> tuple[Piece, ...]:
+        """The pieces of one kind and one split."""
+
+    def read(self, piece: Piece) -> str:
+        """The text of a piece."""
+
+    def size(self, piece: Piece) -> int:
+        """Bytes of a piece."""
+
+    def hash(self) -> str:
+        """SHA-256 over all of it."""
+
+
 class Hay(NamedTuple):
     """A stretch of corpus text and the character at which each of its tokens starts."""
 
@@ -25,18 +41,29 @@ class Hay(NamedTuple):
     starts: list[int]
 
 
-def take(rng: random.Random, tokenizer: Any, split: str, kind: str, tokens: int, *, one_source: bool = False) -> Hay:
+def take(
+    rng: random.Random,
+    tokenizer: Any,
+    split: str,
+    kind: str,
+    tokens: int,
+    *,
+    one_source: bool = False,
+    texts: Texts = corpus,
+) -> Hay:
     """About `tokens` tokens of text that start at a paragraph of a random piece and run on into other pieces.
 
     With `one_source` all of it comes from one source. Raises DataError when the corpus is too small.
     """
     wanted = CHARACTERS * tokens
-    found = _order(rng, split, kind, one_source)
+    found = _order(rng, split, kind, one_source, texts)
+    if not found:
+        raise DataError(f"the corpus holds no {kind}", hint="leave out what needs it, or add such files")
     # No token is shorter than a byte: what cannot fit is refused before anything is tokenized.
-    if sum(map(corpus.size, found)) < tokens:
+    if sum(map(texts.size, found)) < tokens:
         raise _too_small(kind, tokens)
     first, *others = found
-    text = _from_paragraph(rng, corpus.read(first), wanted)
+    text = _from_paragraph(rng, texts.read(first), wanted)
     while True:
         # Only as much as is likely to do: tokenizing whole pieces would take most of the time.
         starts = encode(text[:wanted], tokenizer).starts
@@ -45,16 +72,18 @@ def take(rng: random.Random, tokenizer: Any, split: str, kind: str, tokens: int,
             return Hay(text, starts[:tokens])
         if len(text) < wanted and not others:
             raise _too_small(kind, tokens)
-        text += "\n\n" + corpus.read(others.pop(0)) if others else ""
+        text += "\n\n" + texts.read(others.pop(0)) if others else ""
         wanted *= 2
 
 
 def _too_small(kind: str, tokens: int) -> DataError:
-    return DataError(f"the packaged {kind} is shorter than {tokens} tokens", hint="ask for shorter prompts")
+    return DataError(f"the {kind} of the corpus is shorter than {tokens} tokens", hint="ask for shorter prompts")
 
 
-def _order(rng: random.Random, split: str, kind: str, one_source: bool) -> list[Piece]:
-    found = list(corpus.pieces(kind, split))
+def _order(rng: random.Random, split: str, kind: str, one_source: bool, texts: Texts) -> list[Piece]:
+    found = list(texts.pieces(kind, split))
+    if not found:
+        return []
     # Sources differ in size; drawing the source first keeps a big one from filling every haystack.
     source = rng.choice(sorted({piece.source for piece in found}))
     rng.shuffle(found)

@@ -13,7 +13,15 @@ TEXT = ("prose", "code")
 LOCAL = ("local", "few-shot")
 """Tasks whose question holds its own answer: the long text before it is irrelevant."""
 
+FAR = ("multi-value", "multi-query", "common-words", "questions")
+"""Further retrieval tasks, which evaluation asks and calibration does not use."""
+
+REASONING = ("far-sum", "steps")
+"""Tasks whose answer is worked out, likewise of evaluation alone: from facts far away, and from the question itself."""
+
 TASKS = RETRIEVAL + TEXT + LOCAL
+"""What calibration and training draw from."""
+
 USER_TASK = "user"
 CALIBRATION = "calibration"
 HELDOUT = "heldout"
@@ -86,6 +94,6 @@ class TokenizedPrompt:
 
 
 def group_of(task: str) -> str:
-    """Name of the task's group: retrieval, text, local, or user for anything fluxc did not generate."""
-    groups = {"retrieval": RETRIEVAL, "text": TEXT, "local": LOCAL}
+    """Name of the task's group: retrieval, text, local, reasoning, or user for anything fluxc did not generate."""
+    groups = {"retrieval": RETRIEVAL + FAR, "text": TEXT, "local": LOCAL, "reasoning": REASONING}
     return next((name for name, tasks in groups.items() if task in tasks), USER_TASK)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from fluxc.data.prompt import LOCAL, RETRIEVAL, TokenizedPrompt
+from fluxc.data.prompt import FAR, LOCAL, RETRIEVAL, TokenizedPrompt
+
+FACTS_FAR = (*RETRIEVAL, *FAR, "far-sum")
+FACTS_NEAR = (*LOCAL, "steps")
 
 ANSWER_ROOM = 48
 """Tokens kept free for an answer."""
@@ -26,9 +29,9 @@ def validate(prompt: TokenizedPrompt, sink: int, window: int) -> str:
     outside the window of the question's first token. Local: each needed fact lies inside the window of the prompt's
     last token.
     """
-    if prompt.task in RETRIEVAL:
+    if prompt.task in FACTS_FAR:
         return _far(prompt, sink, window)
-    if prompt.task in LOCAL:
+    if prompt.task in FACTS_NEAR:
         return _near(prompt, window)
     return ""
 
