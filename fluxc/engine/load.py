@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fluxc.engine.engine import Engine
 from fluxc.engine.options import EngineOptions
-from fluxc.engine.traced import TracedPrograms
 from fluxc.errors import OptionError, PlanError
 from fluxc.exporters import engine_dir
 from fluxc.exporters.engine_dir import EngineDir
-from fluxc.flux_dir import DEVICE, FluxDir, open_flux
-from fluxc.passes.apply_plan import ApplyPlan
 from fluxc.plan import Plan
 from fluxc.runtime import crossover
-from fluxc.runtime.model import FluxModel, read_tokenizer
+from fluxc.runtime.tokenizer import read_tokenizer
+
+if TYPE_CHECKING:
+    from fluxc.flux_dir import FluxDir
+    from fluxc.runtime.model import FluxModel
+
+# What reads and runs graphs of torch.export takes seconds to import, and engine directories need none of it: functions
+# that open a model.flux import it themselves.
 
 
 def load(
@@ -40,11 +44,16 @@ def load(
     """
     if (Path(path) / engine_dir.NAME).is_file():
         return exported(engine_dir.open_engine(path), device, plan=plan, **options)
+    from fluxc.flux_dir import open_flux
+    from fluxc.runtime.model import FluxModel
+
     return engine_of(FluxModel(open_flux(path, verify_weights), _device(device)), plan=plan, **options)
 
 
 def engine_of(model: FluxModel, *, plan: str | Path | Plan | None = None, **options: Any) -> Engine:
     """The engine of an opened model; both share the weights."""
+    from fluxc.engine.traced import TracedPrograms
+
     settings = EngineOptions.from_dict(options)
     chosen = _plan(model.flux, plan)
     return Engine(
@@ -76,7 +85,7 @@ def exported(
         chosen,
         tokenizer=read_tokenizer(folder) if folder.is_dir() else None,
         eos_ids=[int(token) for token in made.manifest.meta.get("eos_ids", [])],
-        crossover=functools.cache(lambda budget: crossover.of_plan(made.path / DEVICE, chosen, budget, "cpu")),
+        crossover=functools.cache(lambda budget: crossover.of_plan(made.path / crossover.FILE, chosen, budget, "cpu")),
         options=settings,
     )
 
@@ -84,6 +93,8 @@ def exported(
 def _plan(made: FluxDir | EngineDir, plan: str | Path | Plan | None) -> Plan:
     if plan is None:
         return made.plan
+    from fluxc.passes.apply_plan import ApplyPlan
+
     other = plan if isinstance(plan, Plan) else Plan.load(plan)
     other.check_model(made.plan.model)
     if other.pool != made.plan.pool or ApplyPlan.of(other) != ApplyPlan.of(made.plan):

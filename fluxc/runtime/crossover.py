@@ -19,6 +19,7 @@ from fluxc.plan import LayerPlan, Plan
 
 FORMAT = 1
 TARGET = "eager"
+FILE = "device.json"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from fluxc.plan import Plan
 from fluxc.runtime import crossover
 from fluxc.runtime.batch import Batch, Ids, make_batch
 from fluxc.runtime.clock import now
+from fluxc.runtime.tokenizer import read_tokenizer
 
 Kind = Literal["routed", "captured"]
 Routes = Sequence[bool] | Tensor
@@ -157,16 +158,6 @@ class FluxModel:
         logits = self.captured(*batch.captured())
         routes = torch.ones(len(self.plan.layers), batch.size, dtype=torch.bool, device=self.device)
         return Prefill(logits, routes, None, now(self.device) - start, "captured")
-
-
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer whose files `folder` holds; raises DataError where there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as cause:
-        raise DataError(f"{folder} holds no tokenizer", hint="give token ids") from cause
 
 
 def forced_bias(routes: Routes, layers: int, batch: int) -> Tensor:
