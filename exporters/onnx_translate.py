@@ -24,15 +24,21 @@ op: Any = opset21  # its stubs know the types of a graph's text, not of what is 
 _LOGGERS = ("onnxscript", "onnx_ir", "torch.onnx", "torch.onnx._internal.exporter._registration")
 
 
-def translate(program: ExportedProgram, outputs: Sequence[str], axes: Mapping[str, Sequence[str]]) -> ir.Model:
+def translate(
+    program: ExportedProgram,
+    outputs: Sequence[str],
+    axes: Mapping[str, Sequence[str]],
+    functions: Functions | None = None,
+) -> ir.Model:
     """The ONNX model of a prefill or slot-decode program; its weights are views of the program's.
 
-    `outputs` names the results in order; `axes` names the free sizes of inputs, e.g. {"input_ids": ("B", "S")}.
+    `outputs` names the results in order; `axes` names the free sizes of inputs, e.g. {"input_ids": ("B", "S")};
+    `functions` writes the bodies of fluxc's ops, ONNX Runtime's by default.
 
     Raises CaptureError naming the op that ONNX cannot express.
     """
     kernels.register()
-    functions = Functions()
+    functions = functions or Functions()
     with _quiet():
         try:
             made = torch.onnx.export(
