@@ -102,6 +102,17 @@ def open_engine(path: str | Path, target: str | None = None) -> EngineDir:
     return EngineDir(root, manifest, plan)
 
 
+def checked_plan(engine: EngineDir, plan: str | Path | Plan | None) -> Plan:
+    """The engine's own plan, or another one for the same model, or its file; raises PlanError where it does not fit."""
+    if plan is None:
+        return engine.plan
+    other = plan if isinstance(plan, Plan) else Plan.load(plan)
+    other.check_model(engine.plan.model)
+    if _fixed(other) != _fixed(engine.plan):
+        raise PlanError(f"the plan has other kinds, sizes or pins than {engine.path}", hint="export the model again")
+    return other
+
+
 def update_plan(engine: EngineDir, plan: Plan) -> EngineDir:
     """Replace `plan.json` and its hash; raises PlanError for kinds or sizes other than the engine's, StorageError."""
     if (plan.model, plan.pool, plan.decode, plan.layers) != _fixed(engine.plan):

@@ -21,7 +21,7 @@ TOLERANCE = 1e-4
 """Largest difference of a logit in fp32, relative to the largest logit where that is above 1."""
 STEPS = 4
 _CLOSE_CALL = 1e-3  # a score this near its threshold may fall either way
-_LONG = 1000
+_LONG = (1000, 4096)
 
 
 class Phases(Protocol):
@@ -50,11 +50,11 @@ class Parity:
 
 
 def lengths_of(plan: Plan) -> list[int]:
-    """1, 17, the sink, one past the streaming set, and a long one; none past the model's context."""
+    """1, 17, the sink, one past the streaming set, and long ones; none past the model's context."""
     first = plan.layers[0] if plan.layers else None
     edges = [first.sink, first.keys + 1] if first else []
     room = (plan.model.context or math.inf) - STEPS
-    return sorted({length for length in (1, 17, *edges, _LONG) if 1 <= length <= room})
+    return sorted({length for length in (1, 17, *edges, *_LONG) if 1 <= length <= room})
 
 
 def check_parity(
@@ -70,10 +70,10 @@ def check_parity(
     prefill = decode = 0.0
     progress.start("verifying", len(lengths))
     for length in lengths:
+        steps = STEPS if length in (17, lengths[-1]) else 0
         for name, bias in checker.biases():
-            prefill = max(prefill, checker.prefill(length, name, bias))
-        if length in (17, lengths[-1]):
-            decode = max([decode, *(checker.decode(length, name, bias) for name, bias in checker.biases()[:2])])
+            errors = checker.compare(length, name, bias, steps)
+            prefill, decode = max(prefill, errors[0]), max(decode, errors[1])
         progress.advance()
     return Parity(lengths, prefill, decode)
 
@@ -89,37 +89,35 @@ class _Checker:
         ends = [(name, torch.full((count, 1), value)) for name, value in (("full", math.inf), ("sparse", -math.inf))]
         return [*ends, ("chosen", self._plan.route_bias())]
 
-    def prefill(self, length: int, name: str, bias: Tensor) -> float:
-        """The relative error of a prompt of `length` tokens."""
-        ids, at = self._ids(length), torch.tensor([[0, length // 2, length - 1]])
-        found = self._engine.prefill(ids, bias, at)
-        logits, routes, scores = self._expected(ids, length, bias, at)
+    def compare(self, length: int, name: str, bias: Tensor, steps: int = 0) -> tuple[float, float]:
+        """Relative errors of a prompt of `length` tokens and of `steps` steps after it; one reference run for both."""
+        ids, at = self._ids(length + steps), torch.tensor([[0, length // 2, length - 1]])
+        rows = torch.cat((at[0], torch.arange(length, length + steps)))[None]
+        logits, routes, scores = self._expected(ids, length, bias, rows)
+        found = self._engine.prefill(ids[:, :length], bias, at)
         if not torch.equal(found["routes"], routes):
             if bool(((scores + bias).abs() < _CLOSE_CALL).any()):
-                return 0.0
+                return 0.0, 0.0
             raise SelfCheckError(f"the engine chose other routes than the routed program at length {length}")
-        return _compare(found["logits"], logits, f"prefill of {length} tokens, routes {name}")
+        error = _compare(found["logits"], logits[:, :3], f"prefill of {length} tokens, routes {name}")
+        return error, self._steps(found, ids, length, name, logits[0, 3:]) if steps else 0.0
 
-    def decode(self, length: int, name: str, bias: Tensor) -> float:
-        """The relative error of some steps after a prompt of `length` tokens."""
-        ids = self._ids(length + STEPS)
-        start = self._engine.prefill(ids[:, :length], bias, torch.tensor([[length - 1]]))
+    def _steps(self, start: dict[str, Tensor], ids: Tensor, length: int, name: str, expected: Tensor) -> float:
+        """The relative error of a step for each row [n,V] of `expected`, after the prefill `start`."""
         geometry = Geometry.of(self._layers, self._plan, start["routes"][:, 0])
         caches = self._filled(start, geometry, length)
-        at = torch.arange(length, length + STEPS)[None]
-        expected = self._expected(ids, length, bias, at)[0]
         errors = []
-        for step in range(STEPS):
+        for step, row in enumerate(expected):
             tokens = length + step
-            slots, lens = geometry.turn(tokens, 1), geometry.lens(tokens + 1)[:, None].int()
-            logits = self._engine.decode(caches, ids[:, tokens : tokens + 1], torch.tensor([[tokens]]), slots, lens)
-            where = f"step {step + 1} after {length} tokens, routes {name}"
-            errors.append(_compare(logits, expected[:, step], where))
+            slots, lens = (torch.from_numpy(x) for x in (geometry.turn(tokens, 1), geometry.lens(tokens + 1)))
+            token, at = ids[:, tokens : tokens + 1], torch.tensor([[tokens]])
+            logits = self._engine.decode(caches, token, at, slots, lens[:, None].int())
+            errors.append(_compare(logits, row[None], f"step {step + 1} after {length} tokens, routes {name}"))
         return max(errors)
 
     def _filled(self, start: dict[str, Tensor], geometry: Geometry, length: int) -> dict[str, Tensor]:
         """Caches of the size each layer needs, with the prompt's keys and values in their slots."""
-        caches, slots = {}, geometry.turn(0, length)
+        caches, slots = {}, torch.from_numpy(geometry.turn(0, length))
         sizes = geometry.lens(length + STEPS)
         for index in range(len(self._layers)):
             kept = slots[index] >= 0

@@ -223,6 +223,11 @@ class Plan:
         return cls.from_json(read_text(Path(path), PlanError), str(path))
 
 
+def default_crossover(plan: Plan) -> int:
+    """The length in tokens below which prompts run dense where nothing was measured: twice a sparse row's keys."""
+    return 2 * max(layer.keys for layer in plan.layers)
+
+
 def check_format(found: Any, error: type[FluxcError], where: str = "the plan") -> None:
     """Raise `error` unless `found` is the format number this version of fluxc writes."""
     if _is_int(found) and found > FORMAT:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fluxc.engine.geometry import lens_of, physical, slots_of
 from fluxc.engine.sequence import TokenSequence
@@ -17,39 +16,36 @@ Key = tuple[tuple[int, int], ...]
 class DecodeBatch:
     """Sizes and pages of B sequences, valid as long as `key` is: sinks, windows i64[A,B], table i32[A,B,P]."""
 
-    def __init__(self, sequences: Sequence[TokenSequence], device: torch.device) -> None:
+    def __init__(self, sequences: Sequence[TokenSequence]) -> None:
         self.key = DecodeBatch.key_of(sequences)
         # Kept, so that no other sequence can take the place of one in `key`.
         self._sequences = tuple(sequences)
         geometries = [sequence.geometry for sequence in sequences if sequence.geometry is not None]
-        self._sinks = torch.stack([geometry.sinks for geometry in geometries], dim=1)
-        self._windows = torch.stack([geometry.windows for geometry in geometries], dim=1)
+        self._sinks = np.stack([geometry.sinks for geometry in geometries], axis=1)
+        self._windows = np.stack([geometry.windows for geometry in geometries], axis=1)
         self._table = _tables(sequences)
-        self._on_device = self._table.to(device)
-        self._device = device
 
     @staticmethod
     def key_of(sequences: Sequence[TokenSequence]) -> Key:
         """Equal as long as the sequences and their pages are the same."""
         return tuple((id(sequence), sequence.holding.version if sequence.holding else -1) for sequence in sequences)
 
-    def inputs(self, sequences: Sequence[TokenSequence]) -> tuple[Tensor, ...]:
+    def inputs(self, sequences: Sequence[TokenSequence]) -> tuple[np.ndarray, ...]:
         """input_ids, position_ids i64[B,1], slots i64[A,B], page_table i32[A,B,P], lens i32[A,B]."""
-        ids = torch.tensor([[sequence.tokens[-1]] for sequence in sequences])
-        positions = torch.tensor([sequence.cached for sequence in sequences])
+        ids = np.array([[sequence.tokens[-1]] for sequence in sequences])
+        positions = np.array([sequence.cached for sequence in sequences])
         slots = physical(self._table, slots_of(positions, self._sinks, self._windows)[..., None])[..., 0]
-        lens = lens_of(positions + 1, self._sinks, self._windows).to(torch.int32)
-        ids, at, slots, lens = (x.to(self._device) for x in (ids, positions[:, None], slots, lens))
-        return ids, at, slots, self._on_device, lens
+        lens = lens_of(positions + 1, self._sinks, self._windows).astype(np.int32)
+        return ids, positions[:, None], slots, self._table, lens
 
 
-def _tables(sequences: Sequence[TokenSequence]) -> Tensor:
+def _tables(sequences: Sequence[TokenSequence]) -> np.ndarray:
     """i32[A,B,P], P the pages of the longest layer of all."""
     holdings = [sequence.holding for sequence in sequences if sequence.holding is not None]
     if len(holdings) < len(sequences):
         raise InternalError("a sequence is decoded that was not admitted")
     width = max(int(holding.counts.max()) for holding in holdings)
-    tables = torch.zeros(len(holdings[0].table), len(holdings), width, dtype=torch.int32)
+    tables = np.zeros((len(holdings[0].table), len(holdings), width), np.int32)
     for at, holding in enumerate(holdings):
         own = min(width, holding.table.shape[1])
         tables[:, at, :own] = holding.table[:, :own]

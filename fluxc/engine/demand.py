@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from fluxc.engine.geometry import Geometry
 from fluxc.engine.shapes import LayerShape
 from fluxc.kernels.schemas import PAGE
 from fluxc.plan import Plan
 
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
 Admission = Literal["worst", "expected"]
 
 
-def page_bytes(layers: Sequence[LayerShape], dtype: torch.dtype) -> int:
+def page_bytes(layers: Sequence[LayerShape], dtype: torch.dtype | np.dtype[Any]) -> int:
     """Bytes of one page: keys and values of PAGE tokens of one layer."""
     return 2 * layers[0].kv_heads * PAGE * layers[0].head_dim * dtype.itemsize
 

@@ -7,15 +7,14 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self, overload
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from fluxc.engine.backend import stack_routes
 from fluxc.engine.conversation import Conversation
 from fluxc.engine.handle import Handle
 from fluxc.engine.intake import Intake, Routes
 from fluxc.engine.memory import pool_pages
 from fluxc.engine.options import EngineOptions
-from fluxc.engine.programs import Programs
 from fluxc.engine.request import Request
 from fluxc.engine.result import Generation, KvBytes, Piece
 from fluxc.engine.scheduler import Scheduler
@@ -35,7 +34,7 @@ class Engine:
 
     def __init__(
         self,
-        programs: Programs,
+        programs: Any,
         plan: Plan,
         *,
         tokenizer: Any = None,
@@ -53,10 +52,10 @@ class Engine:
         self._closer = weakref.finalize(self, self._worker.stop, DataError("the engine was closed"))
 
     @property
-    def routes(self) -> Tensor:
+    def routes(self) -> Any:
         """Routes bool[L,N] of the N requests of the last `generate`, True for full."""
         known = [found.routes for found in self._last if found.routes is not None]
-        return torch.stack(known, dim=1) if known else torch.zeros(len(self.plan.layers), 0, dtype=torch.bool)
+        return stack_routes(self.programs, known, len(self.plan.layers))
 
     @property
     def kv_bytes(self) -> KvBytes:
@@ -185,6 +184,6 @@ def _row(options: dict[str, Any], at: int, count: int) -> dict[str, Any]:
                 raise OptionError(f"{len(value)} values of {name} for {count} prompts")
             row[name] = value[at]
     if options.get("routes") is not None:
-        flags = torch.as_tensor(options["routes"], dtype=torch.bool)
-        row["routes"] = flags[:, at] if flags.dim() == 2 and flags.shape[1] == count else flags
+        flags = np.asarray(options["routes"], bool)
+        row["routes"] = flags[:, at] if flags.ndim == 2 and flags.shape[1] == count else flags
     return row

@@ -5,31 +5,30 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from fluxc.engine.backend import make_sampler
 from fluxc.engine.conversation import Conversation
 from fluxc.engine.keeper import Keeper
 from fluxc.engine.options import GenerationOptions
-from fluxc.engine.programs import Programs
 from fluxc.engine.request import Request
-from fluxc.engine.sampling import Sampler
 from fluxc.engine.sequence import TokenSequence
 from fluxc.engine.text import Prompt, TextWriter, prompt_ids
 from fluxc.errors import DataError, OptionError, PlanError
 from fluxc.plan import Plan
 
-Routes = Sequence[bool] | Tensor
+Routes = Any
+"""bool[L]: a list, an array, or a tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Intake:
     """What the requests of one engine are checked against; see Engine for the meaning of each."""
 
-    programs: Programs
+    programs: Any
     plan: Plan
     tokenizer: Any
     eos_ids: tuple[int, ...]
@@ -56,7 +55,7 @@ class Intake:
             options=options,
             limit=min(options.max_new_tokens, self._room(len(known))),
             full_share=self._budget(budget),
-            sampler=Sampler(options, known, self.eos_ids, self.tokenizer, self.programs.device),
+            sampler=make_sampler(self.programs, options, known, self.eos_ids, self.tokenizer),
             writer=TextWriter(self.tokenizer),
         )
         self.keeper.check_fits(request)
@@ -97,7 +96,7 @@ class Intake:
         return TokenSequence(self._known(ids), len(ids), bias, dense=all(value == math.inf for value in bias))
 
     def _forced(self, routes: Routes) -> list[float]:
-        flags = torch.as_tensor(routes, dtype=torch.bool)
+        flags = np.asarray(routes.tolist() if hasattr(routes, "tolist") else routes, bool)
         if tuple(flags.shape) != (len(self.plan.layers),):
             raise PlanError(f"routes have shape {list(flags.shape)}, not [{len(self.plan.layers)}] (routable layers)")
         return [math.inf if flag else -math.inf for flag in flags.tolist()]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
+from typing import Any
 
 from fluxc.engine import demand
 from fluxc.engine.demand import Admission
@@ -21,9 +20,7 @@ from fluxc.plan import Plan
 class Keeper:
     """The pool of a model's layers. `idle`: kept sequences that no request works on, longest waiting first."""
 
-    def __init__(
-        self, layers: Sequence[LayerShape], plan: Plan, dtype: torch.dtype, pages: int, admission: Admission
-    ) -> None:
+    def __init__(self, layers: Sequence[LayerShape], plan: Plan, dtype: Any, pages: int, admission: Admission) -> None:
         self.layers, self.plan, self.admission = layers, plan, admission
         self.page_bytes = demand.page_bytes(layers, dtype)
         self.pool = PagePool(pages)

@@ -6,23 +6,19 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fluxc.engine.engine import Engine
 from fluxc.engine.options import EngineOptions
 from fluxc.errors import OptionError, PlanError
 from fluxc.exporters import engine_dir
 from fluxc.exporters.engine_dir import EngineDir
-from fluxc.plan import Plan
-from fluxc.runtime import crossover
-from fluxc.runtime.tokenizer import read_tokenizer
+from fluxc.plan import Plan, default_crossover
 
 if TYPE_CHECKING:
     from fluxc.flux_dir import FluxDir
     from fluxc.runtime.model import FluxModel
 
-# What reads and runs graphs of torch.export takes seconds to import, and engine directories need none of it: functions
-# that open a model.flux import it themselves.
+# torch and what reads graphs of torch.export take seconds to import, and ONNX engines need none of it: functions that
+# need them import them themselves.
 
 
 def load(
@@ -53,6 +49,7 @@ def load(
 def engine_of(model: FluxModel, *, plan: str | Path | Plan | None = None, **options: Any) -> Engine:
     """The engine of an opened model; both share the weights."""
     from fluxc.engine.traced import TracedPrograms
+    from fluxc.runtime import crossover
 
     settings = EngineOptions.from_dict(options)
     chosen = _plan(model.flux, plan)
@@ -72,25 +69,37 @@ def exported(
     made: EngineDir, device: str | None = None, *, plan: str | Path | Plan | None = None, **options: Any
 ) -> Engine:
     """The engine of an opened engine directory."""
-    if made.manifest.target != "onnx" or torch.device(device or "cpu").type != "cpu":
+    if made.manifest.target != "onnx" or (device or "cpu") != "cpu":
         where = f"an engine for {made.manifest.target} on {device or 'cpu'}"
         raise OptionError(f"fluxc cannot run {where} yet", hint="load an onnx engine on the CPU")
     from fluxc.exporters.onnx_programs import OnnxPrograms
 
     settings = EngineOptions.from_dict(options)
-    chosen = _plan(made, plan)
-    folder = made.path / "tokenizer"
+    chosen = engine_dir.checked_plan(made, plan)
     return Engine(
         OnnxPrograms(made),
         chosen,
-        tokenizer=read_tokenizer(folder) if folder.is_dir() else None,
+        tokenizer=_tokenizer(made.path / "tokenizer"),
         eos_ids=[int(token) for token in made.manifest.meta.get("eos_ids", [])],
-        crossover=functools.cache(lambda budget: crossover.of_plan(made.path / crossover.FILE, chosen, budget, "cpu")),
+        crossover=lambda budget: default_crossover(chosen),
         options=settings,
     )
 
 
-def _plan(made: FluxDir | EngineDir, plan: str | Path | Plan | None) -> Plan:
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`, None where there is none: by `tokenizers` alone where its files allow that."""
+    from fluxc.engine.light_tokenizer import LightTokenizer
+
+    if LightTokenizer.can_read(folder):
+        return LightTokenizer(folder)
+    if not folder.is_dir():
+        return None
+    from fluxc.runtime.tokenizer import read_tokenizer
+
+    return read_tokenizer(folder)
+
+
+def _plan(made: FluxDir, plan: str | Path | Plan | None) -> Plan:
     if plan is None:
         return made.plan
     from fluxc.passes.apply_plan import ApplyPlan
@@ -103,6 +112,8 @@ def _plan(made: FluxDir | EngineDir, plan: str | Path | Plan | None) -> Plan:
 
 
 def _device(device: str | None) -> str:
+    import torch
+
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise OptionError(f"device {device}: torch sees no CUDA device", hint="`fluxc doctor` says why")
     return device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from fluxc.engine import demand
 from fluxc.engine.options import EngineOptions
-from fluxc.engine.programs import Programs
 from fluxc.errors import OptionError
 from fluxc.plan import Plan
 
@@ -18,7 +16,7 @@ CONTEXT = 32_768
 """Tokens a request is taken to have at most where the model does not say."""
 
 
-def pool_pages(programs: Programs, plan: Plan, options: EngineOptions) -> int:
+def pool_pages(programs: Any, plan: Plan, options: EngineOptions) -> int:
     """Pages of the pool: `kv_memory`, or enough for `max_batch` whole contexts within half of what is free.
 
     Raises OptionError where that is not one page a layer, and for a kv_memory that is not free.
@@ -39,9 +37,11 @@ def pool_pages(programs: Programs, plan: Plan, options: EngineOptions) -> int:
     return pages
 
 
-def free_bytes(device: torch.device) -> int:
+def free_bytes(device: Any) -> int:
     """Memory that can be had now, what the system only remembers files in included."""
-    if device.type == "cuda":
+    if str(device).startswith("cuda"):
+        import torch
+
         return torch.cuda.mem_get_info(device)[0]
     if MEMINFO.exists():
         for line in MEMINFO.read_text().splitlines():

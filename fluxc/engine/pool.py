@@ -6,8 +6,7 @@ attention layer, that grows as its tokens come, and a promise of pages it may st
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fluxc.engine.geometry import pages_of
 from fluxc.errors import InternalError
@@ -21,8 +20,8 @@ class Holding:
     """
 
     def __init__(self, layers: int, reserved: int = 0) -> None:
-        self.table = torch.zeros(layers, 1, dtype=torch.int32)
-        self.counts = torch.zeros(layers, dtype=torch.int64)
+        self.table = np.zeros((layers, 1), np.int32)
+        self.counts = np.zeros(layers, np.int64)
         self.reserved = reserved
         self.version = 0
 
@@ -70,11 +69,11 @@ class PagePool:
         self._open[id(holding)] = holding
         return holding
 
-    def grow(self, holding: Holding, lens: Tensor) -> bool:
+    def grow(self, holding: Holding, lens: np.ndarray) -> bool:
         """Give every layer pages for lens i64[A] slots; False, and nothing changed, where too few are free."""
         self._check(holding)
         wanted = pages_of(lens)
-        missing = (wanted - holding.counts).clamp(min=0)
+        missing = np.maximum(wanted - holding.counts, 0)
         total = int(missing.sum())
         if total > self.free:
             return False
@@ -82,13 +81,13 @@ class PagePool:
             self._hand_out(holding, missing)
         return True
 
-    def _hand_out(self, holding: Holding, missing: Tensor) -> None:
+    def _hand_out(self, holding: Holding, missing: np.ndarray) -> None:
         counts = holding.counts + missing
         _widen(holding, int(counts.max()))
-        for layer in missing.nonzero().flatten().tolist():
+        for layer in np.flatnonzero(missing).tolist():
             old, new = int(holding.counts[layer]), int(counts[layer])
             pages = [self._free.pop() for _ in range(new - old)]
-            holding.table[layer, old:new] = torch.tensor(pages, dtype=torch.int32)
+            holding.table[layer, old:new] = pages
         holding.counts = counts
         holding.version += 1
 
@@ -99,7 +98,7 @@ class PagePool:
         self._free.extend(reversed(pages))
         if len(self._free) > self.total:
             raise InternalError(f"{len(self._free)} pages are free in a pool of {self.total}")
-        holding.counts = torch.zeros_like(holding.counts)
+        holding.counts = np.zeros_like(holding.counts)
         holding.version += 1
         return pages
 
@@ -118,6 +117,6 @@ def _widen(holding: Holding, width: int) -> None:
     """Room for `width` pages a row; doubled, so that growing page by page copies little."""
     have = holding.table.shape[1]
     if width > have:
-        wider = holding.table.new_zeros(len(holding.table), max(width, 2 * have))
+        wider = np.zeros((len(holding.table), max(width, 2 * have)), np.int32)
         wider[:, :have] = holding.table
         holding.table = wider

@@ -6,10 +6,10 @@ import dataclasses
 import time
 from collections.abc import Callable
 
+from fluxc.engine.backend import Sampler
 from fluxc.engine.handle import Handle
 from fluxc.engine.options import GenerationOptions
 from fluxc.engine.result import FinishReason, Generation, KvBytes, Piece, Timings
-from fluxc.engine.sampling import Sampler
 from fluxc.engine.sequence import TokenSequence
 from fluxc.engine.text import TextWriter
 

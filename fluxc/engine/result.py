@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
-
-from torch import Tensor
+from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -56,15 +54,16 @@ class Generation:
 
     `tokens`: the new ones, the stopping one included; `text` is theirs without special tokens, "" without a tokenizer.
     `prompt_tokens`: tokens before the answer, earlier turns included. routes bool[L] are the prompt's (None where the
-    request was cancelled before they were known), scores f32[L] None where no router ran. `sparse_ratio`: Ω.
+    request was cancelled before they were known), scores f32[L] None where no router ran; both
+    are tensors, or arrays of an engine that runs without torch. `sparse_ratio`: Ω.
     `requeues`: how often its pages went to others and it was computed again.
     """
 
     text: str
     tokens: tuple[int, ...]
     prompt_tokens: int
-    routes: Tensor | None
-    scores: Tensor | None
+    routes: Any
+    scores: Any
     finish_reason: FinishReason
     timings: Timings
     kv_bytes: KvBytes
@@ -73,4 +72,5 @@ class Generation:
     @property
     def sparse_ratio(self) -> float:
         """Ω: share of the routable layers on SA; 0 where no route is known."""
-        return 0.0 if self.routes is None else 1.0 - float(self.routes.double().mean())
+        flags = [] if self.routes is None else self.routes.tolist()
+        return 1.0 - sum(flags) / len(flags) if flags else 0.0

@@ -11,13 +11,12 @@ from __future__ import annotations
 import bisect
 import time
 from collections.abc import Iterator
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fluxc.engine.keeper import Keeper
 from fluxc.engine.options import EngineOptions
-from fluxc.engine.programs import Programs
 from fluxc.engine.request import Request
 from fluxc.engine.result import FinishReason, KvBytes
 from fluxc.engine.runner import Runner, held
@@ -30,13 +29,13 @@ from fluxc.plan import Plan
 class Scheduler:
     """Requests of one model over a pool of `pages` pages."""
 
-    def __init__(self, programs: Programs, plan: Plan, options: EngineOptions, pages: int) -> None:
+    def __init__(self, programs: Any, plan: Plan, options: EngineOptions, pages: int) -> None:
         self.programs, self.options = programs, options
         self.runner = Runner(programs, plan, pages)
         self.keeper = Keeper(programs.layers, plan, programs.dtype, pages, options.admission)
         self.waiting: list[Request] = []
         self.active: list[Request] = []
-        self._work: tuple[Request, Iterator[Tensor | None]] | None = None
+        self._work: tuple[Request, Iterator[Any]] | None = None
         self._count = 0
         self._decoded_at = time.perf_counter()
 
@@ -114,7 +113,7 @@ class Scheduler:
         elif request not in self.active or self._steps(request):
             self._work = None
 
-    def _compute(self, request: Request) -> Iterator[Tensor | None]:
+    def _compute(self, request: Request) -> Iterator[Any]:
         """Yields while tokens of the request are put into the cache; the last item are the logits of its last token."""
         sequence = request.sequence
         while sequence.pending and request in self.active:
@@ -134,7 +133,7 @@ class Scheduler:
         """Whether a decode step is all that the request needs next."""
         return request.sequence.decodable and not self._outgrown(request.sequence)
 
-    def _room(self, sequence: TokenSequence, lens: Tensor) -> bool:
+    def _room(self, sequence: TokenSequence, lens: np.ndarray) -> bool:
         """Pages for lens i64[A] slots; False where the sequence itself was put back into the queue for them."""
         while not self.keeper.pool.grow(held(sequence), lens):
             if not self.keeper.evict(sequence) and not self._put_back(sequence):
@@ -182,9 +181,9 @@ class Scheduler:
         except DataError as fault:
             self._fail(request, fault)
 
-    def _accept(self, rows: list[Request], logits: Tensor) -> None:
+    def _accept(self, rows: list[Request], logits: Any) -> None:
         """Choose the next token of each row by logits [B,V]."""
-        likely: list[int] = torch.argmax(logits, dim=-1).tolist() if any(r.sampler.greedy for r in rows) else []
+        likely: list[int] = logits.argmax(-1).tolist() if any(r.sampler.greedy for r in rows) else []
         for at, request in enumerate(rows):
             try:
                 token = likely[at] if request.sampler.greedy else request.sampler.choose(logits[at])

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from fluxc.data.tokenizing import has_chat_template
 from fluxc.errors import DataError
 
+if TYPE_CHECKING:
+    pass
+
 Message = Mapping[str, Any]
-Prompt = str | Sequence[Message] | Sequence[int] | Tensor
-"""A text as it is, chat messages (through the chat template), or token ids (a list, or a tensor [S] or [1,S])."""
+Prompt = "str | Sequence[Message] | Sequence[int] | Tensor | np.ndarray"
+"""A text as it is, chat messages (through the chat template), or token ids (a list, a tensor or array [S] or [1,S])."""
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -25,19 +26,23 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 def is_batch(prompt: Any) -> bool:
     """Whether `prompt` is a list of prompts: of texts, of message lists, of id lists or tensors, or a tensor [B,S]."""
-    if isinstance(prompt, Tensor):
-        return prompt.dim() == 2 and prompt.shape[0] > 1
+    if _is_tensor(prompt):
+        return prompt.ndim == 2 and prompt.shape[0] > 1
     if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence) or not prompt:
         return False
-    return isinstance(prompt[0], (str, Sequence, Tensor)) and not (
-        isinstance(prompt[0], Tensor) and not prompt[0].dim()
-    )
+    first = prompt[0]
+    return first.ndim > 0 if _is_tensor(first) else isinstance(first, (str, Sequence))
 
 
-def _ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+def _is_tensor(x: Any) -> bool:
+    """An array or a tensor, told without importing torch."""
+    return hasattr(x, "ndim") and hasattr(x, "tolist")
+
+
+def _ids(tokenizer: Any, prompt: Any) -> list[int]:
     if isinstance(prompt, str):
         return list(required(tokenizer)(prompt)["input_ids"])
-    values: list[Any] = prompt.flatten().tolist() if isinstance(prompt, Tensor) else list(prompt)
+    values: list[Any] = prompt.flatten().tolist() if _is_tensor(prompt) else list(prompt)
     if values and isinstance(values[0], Mapping):
         return _chat(required(tokenizer), values)
     wrong = [value for value in values if not isinstance(value, int) or isinstance(value, bool)]

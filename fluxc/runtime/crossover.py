@@ -15,7 +15,7 @@ import torch
 from fluxc.atomic import atomic_file
 from fluxc.errors import ArchiveError
 from fluxc.json_form import dump, parse, read_text, strict
-from fluxc.plan import LayerPlan, Plan
+from fluxc.plan import LayerPlan, Plan, default_crossover
 
 FORMAT = 1
 TARGET = "eager"
@@ -42,11 +42,6 @@ class Lengths:
         while at and self.pays(at - 1, sparse_ratio):
             at -= 1
         return self.lengths[at] if at < len(self.lengths) else self.lengths[-1] + 1
-
-
-def default_crossover(plan: Plan) -> int:
-    """Where nothing was measured: twice the keys a sparse row sees, in tokens."""
-    return 2 * max(layer.keys for layer in plan.layers)
 
 
 def of_plan(path: Path, plan: Plan, budget: float, device: str) -> int:

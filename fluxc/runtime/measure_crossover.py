@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from fluxc.plan import default_crossover
 from fluxc.progress import SILENT, Progress
 from fluxc.runtime import crossover
 from fluxc.runtime.clock import Timing, interleaved, seconds_of
@@ -25,7 +26,7 @@ def measure_crossover(
     Starts at the keys a sparse row sees and ends where SA at `budget` paid at two lengths in a row, or at the context.
     """
     share = 1 - (model.plan.budget if budget is None else budget)
-    shortest = crossover.default_crossover(model.plan) // 2
+    shortest = default_crossover(model.plan) // 2
     lengths = grid(shortest, model.plan.model.context or 16 * shortest)
     progress.start("crossover", None)
     columns: list[tuple[int, float, float, float]] = []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from fluxc.errors import DataError, OptionError, PlanError
+from fluxc.errors import OptionError, PlanError
 from fluxc.flux_dir import FluxDir, open_flux
 from fluxc.ir.graph import runnable
 from fluxc.plan import Plan

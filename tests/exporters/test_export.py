@@ -43,9 +43,9 @@ def test_a_long_prompt_is_the_same(made):
     flux, exported = made
     routed = flux.load("routed")
     checker = parity._Checker(phases(exported.path), fluxc_runnable(routed), _layers(routed), flux.plan)
-    for name, bias in checker.biases():
-        assert checker.prefill(1000, name, bias) < parity.TOLERANCE
-    assert checker.decode(1000, "sparse", checker.biases()[1][1]) < parity.TOLERANCE
+    for length in (1000, 4096):
+        for name, bias in checker.biases():
+            assert max(checker.compare(length, name, bias, parity.STEPS)) < parity.TOLERANCE
 
 
 def fluxc_runnable(program):
@@ -135,17 +135,21 @@ def test_only_the_chosen_branch_runs_and_nothing_is_as_large_as_all_pairs(engine
     assert CHUNK * CHUNK * 4 < largest <= 4 * TOY.heads * CHUNK * keys
 
 
-def test_opening_needs_no_torch(made):
-    code = (
-        "from fluxc.exporters.engine_dir import open_engine; from fluxc.exporters.onnx_sessions import OnnxSessions\n"
+def test_loading_and_answering_import_neither_torch_nor_transformers(made):
+    code = "import fluxc, sys\nwith fluxc.load(sys.argv[1]) as engine:\n"
+    code += "    one = engine.generate([5, 6], max_new_tokens=3, top_p=0.9, seed=1, stop_strings='!?')\n"
+    code += "    assert engine.tokenizer('The quick')['input_ids']\n"
+    code += "    talk = engine.conversation(); engine.generate([3, 4], conversation=talk, max_new_tokens=2)\n"
+    code += "    engine.generate([[5], [6, 7]], conversation=None, max_new_tokens=2)\n"
+    code += "    engine.generate([8, 9], conversation=talk, max_new_tokens=2)\n"
+    code += (
+        "heavy = ('torch', 'transformers', 'onnxscript', 'onnx', 'fluxc.capture', 'fluxc.calibrate', 'fluxc.train')\n"
     )
-    code += "import numpy as np, sys; e = open_engine(sys.argv[1])\n"
-    code += "s = OnnxSessions(e.path, {k: v['file'] for k, v in e.manifest.programs.items()})\n"
-    code += "ids = np.zeros((1, 5), np.int64); n = np.array([5]); bias = np.zeros((2, 1), np.float32)\n"
-    code += "assert s.prefill(ids, n, bias, n[None] - 1)['logits'].shape == (1, 1, 32)\n"
-    code += "print([m for m in ('torch', 'transformers', 'onnxscript') if m in sys.modules])"
-    command = [sys.executable, "-P", "-c", code, str(made[1].path)]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code += "print(len(one.tokens), [name for name in heavy if name in sys.modules])"
+    heavy = ("torch", "transformers", "onnxscript", "onnx", "fluxc.capture", "fluxc.calibrate", "fluxc.train")
+    command = [sys.executable, "-P", "-c", code, str(made[1].path), *heavy]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.strip() == "3 []", done.stderr
 
 
 def test_another_budget_changes_the_plan_only(engine):

@@ -12,8 +12,11 @@ pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
+import numpy as np
+
 import fluxc
 from fluxc.cli import main
+from fluxc.engine.programs import LayerKV, Prefilled
 from fluxc.engine.traced import TracedPrograms
 from fluxc.errors import ArchiveError, OptionError
 from fluxc.exporters.engine_dir import open_engine
@@ -25,10 +28,38 @@ CLOSE = {"rtol": 1e-5, "atol": 3e-6}  # sums of another order
 LENGTHS = (9, 70, 3)
 
 
+class OnTensors:
+    """An ONNX engine and its store behind the protocol of torch programs."""
+
+    def __init__(self, path):
+        self.programs = OnnxPrograms(open_engine(path))
+        self.store = self.programs.open_store(1)
+        self.layers, self.dtype = self.programs.layers, torch.float32
+
+    def prefill(self, *args, dense=False):
+        shape = self.layers[0]
+        nothing = np.zeros((1, shape.kv_heads, 1, shape.head_dim), np.float32)
+        self.store.write(nothing, nothing, np.array([[-1]]))  # the toy cache writes beside the store
+        for item in self.programs.prefill(*(x.numpy() for x in args), dense=dense):
+            if isinstance(item, LayerKV):
+                yield LayerKV(item.index, torch.from_numpy(item.k), torch.from_numpy(item.v), item.route)
+            else:
+                scores = None if item.scores is None else torch.from_numpy(item.scores)
+                yield Prefilled(torch.from_numpy(item.logits), torch.from_numpy(item.routes), scores)
+
+    def decode(self, cache, *inputs):
+        self.store.cache = cache.numpy()
+        return torch.from_numpy(self.store.decode(*(x.numpy() for x in inputs)))
+
+    def append(self, cache, *inputs):
+        self.store.cache = cache.numpy()
+        return torch.from_numpy(self.store.append(*(x.numpy() for x in inputs)))
+
+
 @pytest.fixture(scope="module")
 def both(made):
     flux, exported = made
-    return TracedPrograms(flux.load("routed"), context=256, merge="no"), OnnxPrograms(open_engine(exported.path))
+    return TracedPrograms(flux.load("routed"), context=256, merge="no"), OnTensors(exported.path)
 
 
 def ids(count, seed):
@@ -37,8 +68,9 @@ def ids(count, seed):
 
 def test_they_say_the_same_of_the_model(both):
     traced, onnx = both
-    for name in ("layers", "vocabulary", "context", "rope_limit", "dtype", "device"):
-        assert getattr(onnx, name) == getattr(traced, name), name
+    for name in ("layers", "vocabulary", "context", "rope_limit"):
+        assert getattr(onnx.programs, name) == getattr(traced, name), name
+    assert (str(onnx.programs.dtype), onnx.programs.device) == ("float32", str(traced.device))
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -65,8 +97,12 @@ def test_steps_and_turns_of_several_requests(both):
         traced, onnx = (call(cache) for cache in caches)
         torch.testing.assert_close(onnx, traced, **CLOSE)
 
+    copied = []
+    original = both[1].store._copied
+    both[1].store._copied = lambda *args: copied.append(1) or original(*args)
     for step in range(20):
         same(lambda cache, seed=step: cache.decode(ids(3, seed)))
+    assert len(copied) == 1
     rows = torch.tensor([[0, 12], [0, 0], [2, 5]])
     same(lambda cache: cache.append([ids(13, 7), ids(1, 8), ids(6, 9)], rows))
     same(lambda cache: cache.decode(ids(3, 99)))
@@ -78,7 +114,7 @@ def test_the_engine_answers_as_it_does_without_export(made):
     found = []
     for path in (flux.path, exported.path):
         with fluxc.load(path, "cpu") as engine:
-            engine.scheduler.runner.cache.fill_(torch.nan)
+            engine.scheduler.runner.cache[...] = np.nan
             answers = engine.generate(prompts, max_new_tokens=12, budget=[0.2, 0.5, 1.0])
             talk = engine.conversation()
             turns = [engine.generate(ids(20, turn), conversation=talk, max_new_tokens=6) for turn in range(2)]
