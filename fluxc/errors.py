@@ -78,6 +78,10 @@ class VerifierError(InternalError):
     """A program breaks the rules of its stage."""
 
 
+class BuilderError(InternalError):
+    """A compiler that fluxc calls failed; the text has the last lines it said."""
+
+
 class LoweringError(InternalError):
     """A node that must be gone after lowering is still there."""
 

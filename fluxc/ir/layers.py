@@ -35,9 +35,12 @@ def attention_nodes(graph: Graph) -> list[Node]:
     return list(firsts.values())
 
 
-def layer_stages(graph: Graph) -> dict[Node, int]:
-    """The stage of every call node. Raises InternalError where the layers cannot be told apart."""
-    attentions = attention_nodes(graph)
+def layer_stages(graph: Graph, attentions: Sequence[Node] | None = None) -> dict[Node, int]:
+    """The stage of every call node. Raises InternalError where the layers cannot be told apart.
+
+    `attentions`: one node of each layer, in order, where they are not what `attention_nodes` finds.
+    """
+    attentions = attention_nodes(graph) if attentions is None else list(attentions)
     if not attentions:
         raise InternalError("the program has no attention, so it has no layers")
     dependence = Dependence(graph)
