@@ -28,6 +28,7 @@ COMMANDS = {
     "train": "fluxc.cli.train",
     "export": "fluxc.cli.export",
     "run": "fluxc.cli.run",
+    "eval": "fluxc.cli.eval",
     "bench": "fluxc.cli.bench",
 }
 
