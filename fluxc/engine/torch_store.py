@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fluxc import kernels
+from fluxc.engine.decode_graphs import DecodeGraphs
 from fluxc.engine.programs import LayerKV, Prefilled, Programs
 from fluxc.kernels.schemas import PAGE
 
@@ -25,6 +26,7 @@ class TorchStore:
         sizes = (pages, 2, shape.kv_heads, PAGE, shape.head_dim)
         self.cache = torch.empty(sizes, dtype=programs.dtype, device=programs.device)
         self._table: tuple[Array, Tensor] | None = None
+        self._graphs = DecodeGraphs(programs, self.cache) if programs.device.type == "cuda" else None
 
     def prefill(self, tokens: Sequence[int], prompt: int, bias: Array, dense: bool) -> Iterator[LayerKV | Prefilled]:
         """See `Store.prefill`."""
@@ -52,7 +54,9 @@ class TorchStore:
 
     @torch.no_grad()
     def decode(self, ids: Array, positions: Array, slots: Array, table: Array, lens: Array) -> Tensor:
-        """See `Store.decode`."""
+        """See `Store.decode`; on a GPU as CUDA graphs."""
+        if self._graphs:
+            return self._graphs(ids, positions, slots, table, lens)
         if self._table is None or self._table[0] is not table:
             self._table = table, self._tensor(table)
         ids_, positions_, slots_, lens_ = (self._tensor(x) for x in (ids, positions, slots, lens))
