@@ -62,7 +62,8 @@ class OnnxStore:
         self._programs = programs
         self.cache = np.empty((pages, 2, shape.kv_heads, PAGE, shape.head_dim), programs.dtype)
         self._copies: dict[str, Array] = {}
-        self._table, self._lens = np.empty(0, np.int32), np.empty(0, np.int32)
+        self._table: Any = np.empty(0, np.int32)
+        self._lens: Any = np.empty(0, np.int32)
 
     def prefill(self, tokens: Sequence[int], prompt: int, bias: Array, dense: bool) -> Iterator[LayerKV | Prefilled]:
         """See `Store.prefill`. The program runs as a whole, so all layers come at once."""

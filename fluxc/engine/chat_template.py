@@ -27,9 +27,12 @@ def plain(value: Any) -> Any:
     """The value made of JSON's own types: objects with methods of their own do not get into the sandbox."""
     if value is None or isinstance(value, bool):
         return value
-    for kind, exact in ((str, str.__str__), (int, int.__int__), (float, float.__float__)):
-        if isinstance(value, kind):
-            return exact(value)
+    if isinstance(value, str):
+        return str.__str__(value)  # a subclass may have an own one
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
     if isinstance(value, Mapping):
         return {plain(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

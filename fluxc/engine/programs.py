@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -22,18 +22,21 @@ class LayerKV:
     """
 
     index: int
-    k: Tensor
-    v: Tensor
+    k: Any
+    v: Any
     route: bool | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Prefilled:
-    """The end of a prefill: logits [1,N,V], routes bool[L] and scores f32[L] (None where no router ran)."""
+    """The end of a prefill: logits [1,N,V], routes bool[L] and scores f32[L] (None where no router ran).
 
-    logits: Tensor
-    routes: Tensor
-    scores: Tensor | None
+    Tensors, or arrays of programs that run without torch.
+    """
+
+    logits: Any
+    routes: Any
+    scores: Any
 
 
 class Programs(Protocol):
