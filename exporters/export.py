@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.export.exported_program import ExportedProgram
 from fluxc.artifact import versions
 from fluxc.atomic import atomic_directory
 from fluxc.engine.traced import TracedPrograms
-from fluxc.errors import SourceError
+from fluxc.errors import OptionError, SourceError
 from fluxc.exporters.engine_dir import NAME, PLAN, EngineManifest
 from fluxc.exporters.parity import check_parity
 from fluxc.exporters.readme import readme
@@ -42,23 +43,27 @@ def export(
     verify: bool = True,
     force: bool = False,
     dry_run: bool = False,
+    options: Mapping[str, Any] | None = None,
     progress: Progress = SILENT,
 ) -> Exported:
     """Write the engine directory of the model.flux `model` (None: the only *.flux here) for `target`.
 
     `output`: engine-<target> by default. `verify`: compare the engine with the routed program before it is kept.
-    `dry_run`: check everything that is checked before long work, and write nothing.
+    `dry_run`: check everything that is checked before long work, and write nothing. `options`: those of the target
+    (TrtOptions for trt).
 
     Raises TargetError, before any work, for a target whose library is missing, and for a model it cannot express;
-    SourceError where there is not one *.flux; OutputExistsError, StorageError; ArchiveError for a damaged model;
-    SelfCheckError where the engine computes something else. The directory is whole or not there.
+    OptionError for an option the target does not have; SourceError where there is not one *.flux; OutputExistsError,
+    StorageError; ArchiveError for a damaged model; SelfCheckError where the engine computes something else. The
+    directory is whole or not there.
     """
     maker = exporter(target)
     source, place = find_model(model), Path(output or f"engine-{target}")
     check_target(place, NAME, force)
     flux = open_flux(source)
     routed = flux.load("routed")
-    maker.check(routed)
+    settings = _settings(maker, target, options or {}, flux.plan.model.context)
+    maker.check(routed, **settings)
     weights = sum(entry.bytes for name, entry in flux.manifest.files.items() if name.endswith(".safetensors"))
     weights += sum(entry.bytes for entry in flux.manifest.links.values())
     check_space(place, weights + _SMALL_FILES_BYTES)
@@ -67,8 +72,18 @@ def export(
     if dry_run:
         return Exported(place, report)
     with atomic_directory(place, force) as root:
-        manifest = _write(flux, routed, maker, target, root, verify, progress)
+        manifest = _write(flux, routed, maker, settings, target, root, verify, progress)
     return Exported(place, report | _figures(manifest))
+
+
+def _settings(maker: Any, target: str, options: Mapping[str, Any], context: int) -> dict[str, Any]:
+    """The options the target gets: those given, and the model's context where it has such an option."""
+    known = getattr(maker, "OPTIONS", frozenset())
+    unknown = set(options) - (known - {"context"})
+    if unknown:
+        name = min(unknown).replace("_", "-")
+        raise OptionError(f"target {target} has no option --{name}", hint="`fluxc export --help` lists them by target")
+    return {**options, **({"context": context} if "context" in known else {})}
 
 
 def find_model(model: str | Path | None) -> Path:
@@ -84,14 +99,25 @@ def find_model(model: str | Path | None) -> Path:
 
 
 def _write(
-    flux: FluxDir, routed: ExportedProgram, maker: Any, target: str, root: Path, verify: bool, progress: Progress
+    flux: FluxDir,
+    routed: ExportedProgram,
+    maker: Any,
+    settings: dict[str, Any],
+    target: str,
+    root: Path,
+    verify: bool,
+    progress: Progress,
 ) -> EngineManifest:
     progress.start("exporting")
-    programs = maker.build(routed, root)
+    programs = maker.build(routed, root, **settings)
     traced = TracedPrograms(routed, context=flux.plan.model.context, merge="no")
     verified: dict[str, Any] = {}
     if verify:
-        verified = check_parity(maker.phases(root), routed, traced.layers, flux.plan, progress).to_dict()
+        chosen = settings.get("plan") != "split"
+        engine = maker.phases(root)
+        verified = check_parity(engine, routed, traced.layers, flux.plan, progress, chosen=chosen).to_dict()
+    if hasattr(maker, "tidy"):
+        maker.tidy(root, **settings)
     progress.start("writing")
     (root / PLAN).write_text(flux.plan.to_json(), encoding="utf-8")
     if (flux.path / "tokenizer").is_dir():
@@ -125,4 +151,5 @@ def _finish(root: Path, manifest: EngineManifest, flux: FluxDir) -> EngineManife
 
 def _figures(manifest: EngineManifest) -> dict[str, Any]:
     size = sum(entry.bytes for entry in manifest.files.values())
-    return {"bytes": size, "verified": manifest.verified}
+    built = {name: program["built"] for name, program in manifest.programs.items() if "built" in program}
+    return {"bytes": size, "verified": manifest.verified, **({"built": built} if built else {})}

@@ -61,11 +61,11 @@ def build(routed: ExportedProgram, root: Path) -> dict[str, Any]:
 
     Raises CaptureError naming an operation that ONNX cannot express.
     """
-    models = {PREFILL: _prefill(routed), DECODE: _decode(routed)}
+    models = {PREFILL: _prefill(routed), DECODE: decode_model(routed)}
     save_models(models, root, WEIGHTS)
     for name in models:
         onnx.checker.check_model(root / name, full_check=True)
-    programs = {Path(name).stem: {"file": name, **_signature(model)} for name, model in models.items()}
+    programs = {Path(name).stem: {"file": name, **signature(model)} for name, model in models.items()}
     _check_conditionals(models[PREFILL], routed)
     return programs
 
@@ -87,7 +87,8 @@ def _prefill(routed: ExportedProgram) -> ir.Model:
     return translate(program, ["logits", "routes", "scores", *kept], axes)
 
 
-def _decode(routed: ExportedProgram) -> ir.Model:
+def decode_model(routed: ExportedProgram) -> ir.Model:
+    """The decode step over one cache a layer: batched, without routers and branches."""
     program = routed
     for step in (DropRouters(), RopePerRequest(), InsertSlotCache()):
         program = step.apply(program).program
@@ -101,7 +102,7 @@ def _layers(routed: ExportedProgram) -> int:
     return len(attention_nodes(routed.graph))
 
 
-def _signature(model: ir.Model) -> dict[str, Any]:
+def signature(model: ir.Model) -> dict[str, Any]:
     """dtype and shape of every input and output."""
     return {
         kind: {str(value.name): _type(value) for value in values}

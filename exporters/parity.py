@@ -63,9 +63,14 @@ def check_parity(
     layers: tuple[LayerShape, ...],
     plan: Plan,
     progress: Progress = SILENT,
+    *,
+    chosen: bool = True,
 ) -> Parity:
-    """Compare; raises SelfCheckError, naming length and routes, for a difference above TOLERANCE."""
-    checker = _Checker(engine, runnable(routed), layers, plan)
+    """Compare; without `chosen` under forced routes alone, for an engine that does not choose layer by layer.
+
+    Raises SelfCheckError, naming length and routes, for a difference above TOLERANCE.
+    """
+    checker = _Checker(engine, runnable(routed), layers, plan, chosen)
     lengths = lengths_of(plan)
     prefill = decode = 0.0
     progress.start("verifying", len(lengths))
@@ -79,15 +84,18 @@ def check_parity(
 
 
 class _Checker:
-    def __init__(self, engine: Phases, program: Any, layers: tuple[LayerShape, ...], plan: Plan) -> None:
+    def __init__(
+        self, engine: Phases, program: Any, layers: tuple[LayerShape, ...], plan: Plan, chosen: bool = True
+    ) -> None:
         self._engine, self._program, self._layers, self._plan = engine, program, layers, plan
+        self._chosen = chosen
         self._vocabulary = 0
 
     def biases(self) -> list[tuple[str, Tensor]]:
         """route_bias f32[L,1] of: all full, all sparse, and what the routers choose under the plan."""
         count = len(self._plan.layers)
         ends = [(name, torch.full((count, 1), value)) for name, value in (("full", math.inf), ("sparse", -math.inf))]
-        return [*ends, ("chosen", self._plan.route_bias())]
+        return [*ends, *([("chosen", self._plan.route_bias())] if self._chosen else [])]
 
     def compare(self, length: int, name: str, bias: Tensor, steps: int = 0) -> tuple[float, float]:
         """Relative errors of a prompt of `length` tokens and of `steps` steps after it; one reference run for both."""

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from fluxc.cli.command import command
+from fluxc.cli.export_options import given, target_options
 from fluxc.cli.outputs import check_folder
 from fluxc.cli.screen import Screen
 from fluxc.cli.tables import size
@@ -20,6 +21,7 @@ from fluxc.cli.tables import size
     fluxc export --target onnx
     fluxc export model.flux --target onnx -o engine/
     fluxc export model.flux --target onnx --dry-run
+    fluxc export --target trt --max-length 4096
     """,
 )
 @click.argument("model", metavar="[MODEL.flux]", required=False, type=click.Path(path_type=Path))
@@ -28,8 +30,16 @@ from fluxc.cli.tables import size
 @click.option(
     "--verify/--no-verify", default=True, help="Compare with the routed program before keeping it.  [default: verify]"
 )
+@target_options
 def export(
-    screen: Screen, model: Path | None, target: str, output: Path | None, verify: bool, force: bool, dry_run: bool
+    screen: Screen,
+    model: Path | None,
+    target: str,
+    output: Path | None,
+    verify: bool,
+    force: bool,
+    dry_run: bool,
+    **options: Any,
 ) -> None:
     """Write an engine of MODEL.flux that runs without fluxc: prefill with its routers, decode, weights once.
 
@@ -44,7 +54,14 @@ def export(
     place = output or Path(f"engine-{target}")
     check_folder(place)
     done = library.export(
-        model, target=target, output=place, verify=verify, force=force, dry_run=dry_run, progress=screen.progress()
+        model,
+        target=target,
+        output=place,
+        verify=verify,
+        force=force,
+        dry_run=dry_run,
+        options=given(options),
+        progress=screen.progress(),
     )
     screen.show(*_lines(done.report))
     screen.result(done.report)
@@ -57,6 +74,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
         return [f"would export {what}: {layers}, {size(report['weight_bytes'])} of weights"]
     verified = report["verified"]
     lines = [f"exported {what}: {layers}, {size(report['bytes'])}"]
+    lines += [_built(name, built) for name, built in report.get("built", {}).items()]
     if verified:
         lengths = ", ".join(map(str, verified["lengths"]))
         lines.append(
@@ -64,3 +82,11 @@ def _lines(report: dict[str, Any]) -> list[str]:
             f"{verified['decode']:.1e} (decode)"
         )
     return lines
+
+
+def _built(name: str, built: dict[str, Any]) -> str:
+    """One engine of TensorRT, as it was read back."""
+    what = f"{name}: {size(built['bytes'])}, built in {built['seconds']:.0f} s"
+    if not built["routable"]:
+        return what
+    return f"{what}; {built['conditionals']} of {built['routable']} routable layers are conditionals in the engine"

@@ -1,0 +1,40 @@
+"""Options of `fluxc export` that belong to some targets only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+_OPTIONS = (
+    click.option("--max-length", type=int, help="trt: longest prompt with its answer.  [default: the model's context]"),
+    click.option("--batch", type=int, help="trt: most requests of one decode step.  [default: 8]"),
+    click.option("--time-limit", type=float, metavar="SECONDS", help="trt: for each engine.  [default: 3600]"),
+    click.option(
+        "--attention",
+        type=click.Choice(["decomposed", "fused"]),
+        help="trt: fused is TensorRT's own attention, experimental.  [default: decomposed]",
+    ),
+    click.option(
+        "--plan",
+        type=click.Choice(["conditional", "split"]),
+        help="trt: split builds an all-full and an all-sparse engine; the host chooses.  [default: conditional]",
+    ),
+    click.option(
+        "--allow-partial", is_flag=True, default=None, help="trt: also keep an engine with too few conditionals."
+    ),
+    click.option("--keep-onnx", is_flag=True, default=None, help="trt: keep the ONNX files it was built from."),
+)
+
+
+def target_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options to a command; those that were not given are None."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in values.items() if value is not None}
