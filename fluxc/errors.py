@@ -54,6 +54,10 @@ class TrainingError(UserError):
     """Training cannot go on: a loss that is not finite, or a checkpoint of another run."""
 
 
+class ContextError(DataError):
+    """A prompt leaves no room for an answer in the model's context."""
+
+
 class PlanError(UserError):
     """A plan does not fit the model, or asks for a budget it was not calibrated for."""
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from fluxc.engine.result import Generation
 from fluxc.engine.sequence import TokenSequence
-from fluxc.engine.text import Prompt, prompt_ids, required
+from fluxc.engine.text import Prompt, checked_text, prompt_ids, required
 from fluxc.errors import DataError
 
 
@@ -84,9 +84,9 @@ class Conversation:
             raise DataError("a conversation is either chat messages or plain text and token ids, not both")
         if messages:
             text = self._rendered_turn(required(tokenizer), messages, eos_ids)
-            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            return list(tokenizer(checked_text(text), add_special_tokens=False)["input_ids"])
         if isinstance(prompt, str):
-            return prompt_ids(None, required(tokenizer)(prompt, add_special_tokens=False)["input_ids"])
+            return prompt_ids(None, required(tokenizer)(checked_text(prompt), add_special_tokens=False)["input_ids"])
         return prompt_ids(None, prompt)
 
     def whole_ids(self, tokenizer: Any, prompt: Prompt, eos_ids: Collection[int]) -> list[int]:

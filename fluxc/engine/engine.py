@@ -16,7 +16,7 @@ from fluxc.engine.intake import Intake, Routes
 from fluxc.engine.memory import pool_pages
 from fluxc.engine.options import EngineOptions
 from fluxc.engine.request import Request
-from fluxc.engine.result import Generation, KvBytes, Piece
+from fluxc.engine.result import EngineStatus, Generation, KvBytes, Piece
 from fluxc.engine.scheduler import Scheduler
 from fluxc.engine.sequence import TokenSequence
 from fluxc.engine.text import Prompt, is_batch
@@ -46,7 +46,8 @@ class Engine:
         self.options = options or EngineOptions()
         self.crossover = crossover
         self.scheduler = Scheduler(programs, plan, self.options, pool_pages(programs, plan, self.options))
-        self._intake = Intake(programs, plan, tokenizer, tuple(eos_ids), crossover, self.scheduler.keeper)
+        context = self.options.context_of(programs.context)
+        self._intake = Intake(programs, plan, tokenizer, tuple(eos_ids), crossover, self.scheduler.keeper, context)
         self._worker = Worker(self.scheduler)
         self._last: tuple[Generation, ...] = ()
         self._closer = weakref.finalize(self, self._worker.stop, DataError("the engine was closed"))
@@ -61,6 +62,15 @@ class Engine:
     def kv_bytes(self) -> KvBytes:
         """Bytes of KV of the requests of the last `generate`, summed, as they were at each one's end."""
         return sum((found.kv_bytes for found in self._last), KvBytes(0, 0, 0))
+
+    @property
+    def status(self) -> EngineStatus:
+        """What it does now, as seen from outside: exact only while nothing runs."""
+        scheduler, pool, size = self.scheduler, self.scheduler.keeper.pool, self.scheduler.keeper.page_bytes
+        kept = sum(sequence.holding.pages for sequence in list(scheduler.keeper.idle) if sequence.holding)
+        return EngineStatus(
+            len(scheduler.active), len(scheduler.waiting), pool.used * size, kept * size, pool.free * size
+        )
 
     def conversation(self) -> Conversation:
         """An empty conversation, whose cache is kept between turns."""

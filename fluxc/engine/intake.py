@@ -17,7 +17,7 @@ from fluxc.engine.options import GenerationOptions
 from fluxc.engine.request import Request
 from fluxc.engine.sequence import TokenSequence
 from fluxc.engine.text import Prompt, TextWriter, prompt_ids
-from fluxc.errors import DataError, OptionError, PlanError
+from fluxc.errors import ContextError, DataError, OptionError, PlanError
 from fluxc.plan import Plan
 
 Routes = Any
@@ -34,6 +34,7 @@ class Intake:
     eos_ids: tuple[int, ...]
     crossover: Callable[[float], int]
     keeper: Keeper
+    context: int
 
     def request(
         self,
@@ -109,9 +110,9 @@ class Intake:
 
     def _room(self, tokens: int) -> int:
         """Tokens that fit behind `tokens`; raises DataError where there is no room for one."""
-        context = self.programs.context or sys.maxsize
+        context = self.context or sys.maxsize
         if tokens >= context:
-            raise DataError(
+            raise ContextError(
                 f"a prompt of {tokens} tokens leaves no room for an answer in a context of {context}",
                 hint=f"shorten it to less than {context} tokens",
             )

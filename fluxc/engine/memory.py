@@ -23,7 +23,8 @@ def pool_pages(programs: Any, plan: Plan, options: EngineOptions) -> int:
     """
     size, free = demand.page_bytes(programs.layers, programs.dtype), free_bytes(programs.device)
     if options.kv_memory is None:
-        whole = demand.pages(programs.layers, plan, [True] * len(plan.layers), programs.context or CONTEXT)
+        context = options.context_of(programs.context) or CONTEXT
+        whole = demand.pages(programs.layers, plan, [True] * len(plan.layers), context)
         pages = min(free // 2 // size, options.max_batch * whole)
     elif options.kv_memory > free:
         raise OptionError(f"kv_memory of {options.kv_memory:,} bytes is more than the {free:,} bytes that are free")

@@ -10,6 +10,8 @@ from typing import Any, Literal, Self
 from fluxc.errors import OptionError
 from fluxc.options import Options
 
+COLD = 1e-5
+"""Temperatures below are greedy: dividing by them would leave the range of fp32."""
 TOP_K = 50
 """What transformers takes for top_k where sampling is asked for without one."""
 SEEDS = 2**63
@@ -23,6 +25,8 @@ class GenerationOptions(Options):
     `do_sample`: None samples where a temperature above 0, top_k, top_p, min_p or typical_p is given, and is greedy
     otherwise; temperature 0 is greedy. `top_k`: None takes 50 when sampling, 0 all. `stop_strings`: end after any of
     them appeared. `eos_token_id`: None takes the model's own, [] none. `seed`: None draws one from torch's generator.
+    `logprobs`: pieces carry the log-probability of their token by the model's own logits, whatever was drawn from, and
+    that many of the most likely ones; None for neither.
     """
 
     max_new_tokens: int = 64
@@ -38,6 +42,7 @@ class GenerationOptions(Options):
     stop_strings: tuple[str, ...] = ()
     eos_token_id: tuple[int, ...] | None = None
     seed: int | None = None
+    logprobs: int | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -46,6 +51,7 @@ class GenerationOptions(Options):
 
     def __post_init__(self) -> None:
         _integers(self, {"max_new_tokens": 1, "min_new_tokens": 0, "top_k": 0, "no_repeat_ngram_size": 0})
+        _integers(self, {"logprobs": 0})
         _number(self, "temperature", lambda x: x >= 0, "0 or above")
         _number(self, "repetition_penalty", lambda x: x > 0, "above 0")
         for name in ("top_p", "typical_p"):
@@ -61,7 +67,7 @@ class GenerationOptions(Options):
     @property
     def samples(self) -> bool:
         """Whether tokens are drawn; else the most likely one is taken."""
-        if self.do_sample is False or self.temperature == 0:
+        if self.do_sample is False or (self.temperature is not None and self.temperature < COLD):
             return False
         given = (self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p)
         return self.do_sample is True or any(value is not None for value in given)
@@ -76,7 +82,7 @@ class EngineOptions(Options):
     worst case (all open layers full) fits, or when the case its budget lets expect fits; then it may be put back and
     computed again where pages run out. `max_decode_stall_ms`: how long a prefill may keep running answers waiting,
     as far as the layers of the model can be told apart. `turn_tokens`: a further turn is computed in pieces of that
-    many tokens, decode steps between them.
+    many tokens, decode steps between them. `context`: most tokens of a request, None for the model's own limit.
     """
 
     max_batch: int = 16
@@ -84,12 +90,18 @@ class EngineOptions(Options):
     admission: Literal["worst", "expected"] = "worst"
     max_decode_stall_ms: float = 50.0
     turn_tokens: int = 1024
+    context: int | None = None
 
     def __post_init__(self) -> None:
-        _integers(self, {"max_batch": 1, "kv_memory": 1, "turn_tokens": 1})
+        _integers(self, {"max_batch": 1, "kv_memory": 1, "turn_tokens": 1, "context": 2})
         _number(self, "max_decode_stall_ms", lambda x: x >= 0, "0 or above")
         if self.admission not in ("worst", "expected"):
             raise OptionError(f"admission {self.admission!r} is not worst or expected")
+
+    def context_of(self, model: int) -> int:
+        """Most tokens of a request to a model whose own limit is `model`; 0 for neither."""
+        known = [limit for limit in (self.context, model) if limit]
+        return min(known, default=0)
 
 
 def _as_tuple(name: str, value: Any) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from fluxc.engine.backend import Sampler
 from fluxc.engine.handle import Handle
+from fluxc.engine.likelihood import Likelihood
 from fluxc.engine.options import GenerationOptions
 from fluxc.engine.result import FinishReason, Generation, KvBytes, Piece, Timings
 from fluxc.engine.sequence import TokenSequence
@@ -51,7 +52,7 @@ class Request:
         self.sequence.tokens.extend(self.new)
         self.new = ()
 
-    def accept(self, token: int) -> FinishReason | None:
+    def accept(self, token: int, likelihood: Likelihood | None = None) -> FinishReason | None:
         """Take the next token and hand it out; the reason where it is the last."""
         ends = self.sampler.ends(token)
         self.sequence.tokens.append(token)
@@ -59,7 +60,8 @@ class Request:
         self.stamps.append(time.perf_counter())
         reason: FinishReason | None = "stop" if ends else "length" if len(self.tokens) >= self.limit else None
         text = "" if token in self.sampler.eos_ids else self.writer.add(token)
-        self.handle.put(Piece(token, text + self.writer.finish() if reason else text))
+        text += self.writer.finish() if reason else ""
+        self.handle.put(Piece(token, text, *(likelihood or ())))
         return reason
 
     def result(self, reason: FinishReason, kv_bytes: KvBytes) -> Generation:

@@ -10,10 +10,15 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One new token, and the text that became readable with it (perhaps "")."""
+    """One new token, and the text that became readable with it (perhaps "").
+
+    Where logprobs were asked for: the token's log-probability, and the most likely tokens with theirs, falling.
+    """
 
     token: int
     text: str
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,3 +79,17 @@ class Generation:
         """Ω: share of the routable layers on SA; 0 where no route is known."""
         flags = [] if self.routes is None else self.routes.tolist()
         return 1.0 - sum(flags) / len(flags) if flags else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStatus:
+    """What an engine does now: requests in the batch and in the queue, and bytes of the KV pool.
+
+    `kv_used`: in pages that requests or kept conversations hold; `kv_kept`: those of conversations that wait.
+    """
+
+    running: int
+    waiting: int
+    kv_used: int
+    kv_kept: int
+    kv_free: int

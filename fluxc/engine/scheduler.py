@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fluxc.engine.keeper import Keeper
+from fluxc.engine.likelihood import Likelihood, likelihood
 from fluxc.engine.options import EngineOptions
 from fluxc.engine.request import Request
 from fluxc.engine.result import FinishReason, KvBytes
@@ -187,7 +188,7 @@ class Scheduler:
         for at, request in enumerate(rows):
             try:
                 token = likely[at] if request.sampler.greedy else request.sampler.choose(logits[at])
-                reason = request.accept(token)
+                reason = request.accept(token, _likelihood(request, logits[at], token))
             except Exception as fault:
                 self._fail(request, fault)
                 continue
@@ -218,3 +219,8 @@ class Scheduler:
             self.keeper.rest(request.sequence)
         else:
             self.keeper.close(request.sequence)
+
+
+def _likelihood(request: Request, logits: Any, token: int) -> Likelihood | None:
+    wanted = request.options.logprobs
+    return None if wanted is None else likelihood(logits, token, wanted)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fluxc.data.tokenizing import has_chat_template
-from fluxc.errors import DataError
+from fluxc.errors import DataError, FluxcError
 
 if TYPE_CHECKING:
-    pass
+    import numpy as np
+    from torch import Tensor
 
 Message = Mapping[str, Any]
-Prompt = "str | Sequence[Message] | Sequence[int] | Tensor | np.ndarray"
+Prompt: TypeAlias = "str | Sequence[Message] | Sequence[int] | Tensor | np.ndarray"
 """A text as it is, chat messages (through the chat template), or token ids (a list, a tensor or array [S] or [1,S])."""
 
 
@@ -41,7 +42,7 @@ def _is_tensor(x: Any) -> bool:
 
 def _ids(tokenizer: Any, prompt: Any) -> list[int]:
     if isinstance(prompt, str):
-        return list(required(tokenizer)(prompt)["input_ids"])
+        return list(required(tokenizer)(checked_text(prompt))["input_ids"])
     values: list[Any] = prompt.flatten().tolist() if _is_tensor(prompt) else list(prompt)
     if values and isinstance(values[0], Mapping):
         return _chat(required(tokenizer), values)
@@ -54,7 +55,23 @@ def _ids(tokenizer: Any, prompt: Any) -> list[int]:
 def _chat(tokenizer: Any, messages: list[Any]) -> list[int]:
     if not has_chat_template(tokenizer):
         raise DataError("this model has no chat template", hint="give the prompt as a text")
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    for message in messages:
+        checked_text(str(message.get("content", "")))
+    try:
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    except FluxcError:
+        raise
+    except Exception as cause:  # the template is a program of the model's: it may fail in any way
+        raise DataError(f"the chat template does not take these messages: {cause}") from cause
+
+
+def checked_text(text: str) -> str:
+    """The text itself; raises DataError for half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as cause:
+        raise DataError("the text holds half a surrogate pair", hint="it is no valid Unicode") from cause
+    return text
 
 
 def required(tokenizer: Any) -> Any:
