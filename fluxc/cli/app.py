@@ -30,6 +30,7 @@ COMMANDS = {
     "run": "fluxc.cli.run",
     "eval": "fluxc.cli.eval",
     "bench": "fluxc.cli.bench",
+    "serve": "fluxc.cli.serve",
 }
 
 INTERRUPTED = 130
