@@ -1,0 +1,36 @@
+"""A TensorRT engine directory behind `fluxc.load`: its programs, over the store that ONNX engines have."""
+
+from __future__ import annotations
+
+from fluxc.errors import OptionError
+from fluxc.exporters.cuda_driver import CudaDriver
+from fluxc.exporters.engine_dir import EngineDir
+from fluxc.exporters.onnx_programs import OnnxPrograms
+from fluxc.exporters.trt_sessions import TrtSessions, open_library
+from fluxc.exporters.trt_split import SplitSessions
+
+
+class TrtPrograms(OnnxPrograms):
+    """The programs of a TensorRT engine directory, on one GPU.
+
+    Raises OptionError for a device that is no GPU; TargetError where the library, its version or the GPU is missing.
+    """
+
+    def __init__(self, engine: EngineDir, device: str | None, driver: CudaDriver | None = None) -> None:
+        super().__init__(engine)
+        built = next(iter(engine.manifest.programs.values()))["built"]
+        number = _number(engine, device)
+        open_library(built["library"], built["version"])
+        files = {phase: program["file"] for phase, program in engine.manifest.programs.items()}
+        given = (engine.path, files, driver or CudaDriver(number), built["library"], built["version"])
+        self.sessions = TrtSessions(*given)
+        if "prefill" not in files:
+            full, sparse = (TrtSessions(*given, f"prefill_{branch}") for branch in ("full", "sparse"))
+            self.sessions = SplitSessions(full, sparse)
+
+
+def _number(engine: EngineDir, device: str | None) -> int:
+    kind, _, number = (device or "cuda").partition(":")
+    if kind != "cuda" or not (number or "0").isdigit():
+        raise OptionError(f"{engine.path} runs on an NVIDIA GPU, not on {device}", hint="give --device cuda")
+    return int(number or 0)
