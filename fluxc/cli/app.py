@@ -29,6 +29,7 @@ COMMANDS = {
     "export": "fluxc.cli.export",
     "run": "fluxc.cli.run",
     "eval": "fluxc.cli.eval",
+    "report": "fluxc.cli.report",
     "bench": "fluxc.cli.bench",
     "serve": "fluxc.cli.serve",
 }

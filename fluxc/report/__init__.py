@@ -1,0 +1,3 @@
+"""The report: figures drawn from stored results, as one page that needs no network."""
+
+from __future__ import annotations
