@@ -33,7 +33,9 @@ class EngineManifest:
     output, free sizes by name. `layers`: the attentions in graph order (fluxc.engine.shapes.LayerShape), `vocabulary`,
     `context` (0: unknown) and `rope_limit` as in fluxc.engine.programs. `kv`: layout of the cache ("slots": one tensor
     [B,Hk,C,D] a layer). `meta`: what capture knew of the source. `verified`: largest error against the routed
-    program for each check, empty where it was not verified. `versions`: the tools that wrote it.
+    program for each check, empty where it was not verified. `versions`: the tools that wrote it. `pins`: routes of
+    layers that are no conditionals, by model layer. `budgets`: smallest and largest full share they leave open.
+    `batch`: most requests of a decode step, 0 for any.
     """
 
     target: str
@@ -50,6 +52,9 @@ class EngineManifest:
     meta: dict[str, Any]
     verified: dict[str, Any]
     versions: dict[str, str]
+    pins: dict[str, str] = dataclasses.field(default_factory=dict)
+    budgets: list[float] = dataclasses.field(default_factory=lambda: [0.0, 1.0])
+    batch: int = 0
     format: int = FORMAT
 
     def to_json(self) -> str:
@@ -117,6 +122,7 @@ def update_plan(engine: EngineDir, plan: Plan) -> EngineDir:
     """Replace `plan.json` and its hash; raises PlanError for kinds or sizes other than the engine's, StorageError."""
     if (plan.model, plan.pool, plan.decode, plan.layers) != _fixed(engine.plan):
         raise PlanError(f"the plan has other kinds, sizes or pins than {engine.path}", hint="export the model again")
+    check_budget(engine, plan.budget)
     waiting = engine.path / (PLAN + _NEXT)
     with storage_errors(engine.path):
         waiting.write_text(plan.to_json(), encoding="utf-8")
@@ -126,6 +132,16 @@ def update_plan(engine: EngineDir, plan: Plan) -> EngineDir:
             file.write_text(manifest.to_json(), encoding="utf-8")
     _finish(engine.path, manifest)
     return EngineDir(engine.path, manifest, plan)
+
+
+def check_budget(engine: EngineDir, budget: float) -> None:
+    """Raise PlanError for a budget that the layers folded into the engine do not leave open."""
+    low, high = engine.manifest.budgets
+    if not low <= budget <= high:
+        raise PlanError(
+            f"budget {budget:g}: {len(engine.manifest.pins)} folded layers of {engine.path} leave {low:g} to {high:g}",
+            hint="export without --pin",
+        )
 
 
 def _fixed(plan: Plan) -> tuple[Any, ...]:

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.export.exported_program import ExportedProgram
-
 from fluxc.artifact import versions
 from fluxc.atomic import atomic_directory
 from fluxc.engine.traced import TracedPrograms
 from fluxc.errors import OptionError, SourceError
 from fluxc.exporters.engine_dir import NAME, PLAN, EngineManifest
+from fluxc.exporters.layouts import check_layout, engine_folder, write_layout
 from fluxc.exporters.parity import check_parity
+from fluxc.exporters.prepare import Prepared, budgets, check_budget, forms, prepare
 from fluxc.exporters.readme import readme
 from fluxc.exporters.targets import exporter
 from fluxc.flux_dir import FluxDir, open_flux
@@ -43,14 +43,20 @@ def export(
     verify: bool = True,
     force: bool = False,
     dry_run: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    pin: bool = False,
+    layout: str | None = None,
     options: Mapping[str, Any] | None = None,
     progress: Progress = SILENT,
 ) -> Exported:
     """Write the engine directory of the model.flux `model` (None: the only *.flux here) for `target`.
 
     `output`: engine-<target> by default. `verify`: compare the engine with the routed program before it is kept.
-    `dry_run`: check everything that is checked before long work, and write nothing. `options`: those of the target
-    (TrtOptions for trt).
+    `dry_run`: check everything that is checked before long work, and write nothing. `dtype`, `device`: what the engine
+    computes in and on, the model's own by default. `pin`: layers that the plan pins become attention without a
+    conditional. `layout`: "triton-server" writes a model repository around the engine. `options`: max_length, batch,
+    and those of the target (OnnxOptions, TrtOptions).
 
     Raises TargetError, before any work, for a target whose library is missing, and for a model it cannot express;
     OptionError for an option the target does not have; SourceError where there is not one *.flux; OutputExistsError,
@@ -60,30 +66,44 @@ def export(
     maker = exporter(target)
     source, place = find_model(model), Path(output or f"engine-{target}")
     check_target(place, NAME, force)
+    check_layout(layout)
     flux = open_flux(source)
-    routed = flux.load("routed")
-    settings = _settings(maker, target, options or {}, flux.plan.model.context)
-    maker.check(routed, **settings)
+    own, sizes = _split(maker, target, {**(options or {}), **({"pins": True} if pin else {})})
+    made = prepare(flux, dtype=dtype, device=device, pin=pin, **sizes)
+    settings = own | _filled(maker, flux.plan.model.context, made)
+    check_budget(flux.plan, made.pins, source)
+    maker.check(made.program, **settings)
     weights = sum(entry.bytes for name, entry in flux.manifest.files.items() if name.endswith(".safetensors"))
     weights += sum(entry.bytes for entry in flux.manifest.links.values())
     check_space(place, weights + _SMALL_FILES_BYTES)
     report = {"model": str(source), "engine": str(place), "target": target, "dry_run": dry_run}
     report |= {"attentions": flux.plan.model.layers, "routable": len(flux.plan.layers), "weight_bytes": weights}
+    report |= {"pinned": len(made.pins), "forms": forms(made.program, made.pins)}
     if dry_run:
         return Exported(place, report)
     with atomic_directory(place, force) as root:
-        manifest = _write(flux, routed, maker, settings, target, root, verify, progress)
+        inner = engine_folder(root, layout)
+        manifest = _write(flux, made, maker, settings, target, inner, verify, progress)
+        write_layout(root, layout, manifest)
     return Exported(place, report | _figures(manifest))
 
 
-def _settings(maker: Any, target: str, options: Mapping[str, Any], context: int) -> dict[str, Any]:
-    """The options the target gets: those given, and the model's context where it has such an option."""
+def _split(maker: Any, target: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the target's own, and sizes that it does not build into its files."""
     known = getattr(maker, "OPTIONS", frozenset())
-    unknown = set(options) - (known - {"context"})
+    sizes = {name: value for name, value in options.items() if name in ("max_length", "batch") and name not in known}
+    unknown = set(options) - (known - {"context"}) - set(sizes)
     if unknown:
-        name = min(unknown).replace("_", "-")
+        name = min(unknown).replace("_", "-").replace("pins", "pin")
         raise OptionError(f"target {target} has no option --{name}", hint="`fluxc export --help` lists them by target")
-    return {**options, **({"context": context} if "context" in known else {})}
+    return {name: value for name, value in options.items() if name in known and name != "pins"}, sizes
+
+
+def _filled(maker: Any, context: int, made: Prepared) -> dict[str, Any]:
+    """Options that a target has and nobody types: the model's context, the folded layers."""
+    known = getattr(maker, "OPTIONS", frozenset())
+    values = {"context": context, "pins": made.pins}
+    return {name: value for name, value in values.items() if name in known}
 
 
 def find_model(model: str | Path | None) -> Path:
@@ -100,7 +120,7 @@ def find_model(model: str | Path | None) -> Path:
 
 def _write(
     flux: FluxDir,
-    routed: ExportedProgram,
+    made: Prepared,
     maker: Any,
     settings: dict[str, Any],
     target: str,
@@ -109,8 +129,9 @@ def _write(
     progress: Progress,
 ) -> EngineManifest:
     progress.start("exporting")
+    routed = made.program
     programs = maker.build(routed, root, **settings)
-    traced = TracedPrograms(routed, context=flux.plan.model.context, merge="no")
+    traced = TracedPrograms(routed, context=made.max_length or flux.plan.model.context, merge="no")
     verified: dict[str, Any] = {}
     if verify:
         chosen = settings.get("plan") != "split"
@@ -137,6 +158,9 @@ def _write(
         meta=flux.meta,
         verified=verified,
         versions=versions() | maker.tools(),
+        pins={str(layer): route for layer, route in made.pins.items()},
+        budgets=budgets(flux.plan, made.pins),
+        batch=made.batch,
     )
     return _finish(root, manifest, flux)
 

@@ -7,6 +7,7 @@ written in standard operators (`onnx_attention.py`): ONNX Runtime's own GroupQue
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,10 @@ from torch.export.exported_program import ExportedProgram
 
 from fluxc import kernels, passes
 from fluxc.errors import InternalError, TargetError
+from fluxc.exporters.onnx_attention import OPSET
+from fluxc.exporters.onnx_functions import Functions
+from fluxc.exporters.onnx_operations import check_operations
+from fluxc.exporters.onnx_options import OnnxOptions
 from fluxc.exporters.onnx_phases import OnnxPhases
 from fluxc.exporters.onnx_sessions import OnnxSessions
 from fluxc.exporters.onnx_translate import translate
@@ -31,16 +36,19 @@ from fluxc.passes.insert_slot_cache import InsertSlotCache
 from fluxc.passes.rope_per_request import RopePerRequest
 
 PREFILL, DECODE, WEIGHTS = "prefill.onnx", "decode.onnx", "weights.bin"
+OPTIONS = frozenset(field.name for field in dataclasses.fields(OnnxOptions))
 TOOLS = ("onnx", "onnxscript", "onnx-ir", "onnxruntime")
 KV = {"layout": "slots", "axes": "B,Hk,C,D", "prefill": "k_<a>, v_<a>", "decode": "k_cache_<a>, v_cache_<a>"}
 
 
-def check(routed: ExportedProgram) -> None:
+def check(routed: ExportedProgram, **options: Any) -> None:
     """What can be known to fail before long work.
 
-    Raises TargetError for a dtype ONNX Runtime has no kernels for and for attention that has no ONNX form, naming the
-    layer; UnsupportedAttentionError for layers that one cache cannot hold.
+    Raises OptionError for options out of range; TargetError for operations ONNX cannot express, for a dtype ONNX
+    Runtime has no kernels for, and for attention that has no ONNX form, naming the layer; UnsupportedAttentionError for
+    layers that one cache cannot hold.
     """
+    OnnxOptions(**options)
     kernels.register()
     geometry = kv_geometry(attention_nodes(routed.graph))
     if geometry.dtype != torch.float32:
@@ -54,19 +62,21 @@ def check(routed: ExportedProgram) -> None:
                 f"layer {argument(node, 'layer')} has the sparse kind block, which has no ONNX form",
                 hint="transform with --sparse-kind streaming or triangle",
             )
+    check_operations(routed)
 
 
-def build(routed: ExportedProgram, root: Path) -> dict[str, Any]:
+def build(routed: ExportedProgram, root: Path, **options: Any) -> dict[str, Any]:
     """Write the two models and their weights to `root`; returns `programs` of the manifest.
 
     Raises CaptureError naming an operation that ONNX cannot express.
     """
-    models = {PREFILL: _prefill(routed), DECODE: decode_model(routed)}
+    settings = OnnxOptions(**options)
+    models = {PREFILL: _prefill(routed, settings), DECODE: decode_model(routed, settings.opset)}
     save_models(models, root, WEIGHTS)
     for name in models:
         onnx.checker.check_model(root / name, full_check=True)
     programs = {Path(name).stem: {"file": name, **signature(model)} for name, model in models.items()}
-    _check_conditionals(models[PREFILL], routed)
+    _check_conditionals(models[PREFILL], routed, len(settings.pins))
     return programs
 
 
@@ -80,14 +90,15 @@ def tools() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in TOOLS}
 
 
-def _prefill(routed: ExportedProgram) -> ir.Model:
+def _prefill(routed: ExportedProgram, options: OnnxOptions) -> ir.Model:
     program = passes.prefill_pipeline().run(routed, "routed").program
     kept = [f"{name}_{index}" for index in range(len(attention_nodes(program.graph))) for name in "kv"]
     axes = {"input_ids": ("B", "S"), "logits_at": ("B", "N")}
-    return translate(program, ["logits", "routes", "scores", *kept], axes)
+    functions = Functions(opset=options.opset, pins=options.pins)
+    return translate(program, ["logits", "routes", "scores", *kept], axes, functions)
 
 
-def decode_model(routed: ExportedProgram) -> ir.Model:
+def decode_model(routed: ExportedProgram, opset: int = OPSET) -> ir.Model:
     """The decode step over one cache a layer: batched, without routers and branches."""
     program = routed
     for step in (DropRouters(), RopePerRequest(), InsertSlotCache()):
@@ -95,7 +106,7 @@ def decode_model(routed: ExportedProgram) -> ir.Model:
     caches = [f"{name}_cache_{index}" for index in range(_layers(routed)) for name in "kv"]
     axes: dict[str, tuple[str, ...]] = {"input_ids": ("B", "one")}
     axes |= {name: ("B", "Hk", f"C_{name.rpartition('_')[2]}", "D") for name in caches}
-    return translate(program, ["logits", *[f"{name}_out" for name in caches]], axes)
+    return translate(program, ["logits", *[f"{name}_out" for name in caches]], axes, Functions(opset=opset))
 
 
 def _layers(routed: ExportedProgram) -> int:
@@ -115,10 +126,10 @@ def _type(value: ir.Value) -> dict[str, Any]:
     return {"dtype": value.dtype.numpy().name if value.dtype else "", "shape": shape}
 
 
-def _check_conditionals(model: ir.Model, routed: ExportedProgram) -> None:
-    """Every routable layer must have become a conditional of its own."""
+def _check_conditionals(model: ir.Model, routed: ExportedProgram, pinned: int) -> None:
+    """Every routable layer that is not pinned must have become a conditional of its own."""
     found = sum(1 for _ in _routed_calls(model))
-    expected = len(calls(routed, torch.ops.fluxc.routed_attention))
+    expected = len(calls(routed, torch.ops.fluxc.routed_attention)) - pinned
     if found != expected:
         raise InternalError(f"{found} of {expected} routable layers became conditionals")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -29,13 +29,21 @@ _TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(bool)"
 
 @dataclasses.dataclass
 class Functions:
-    """The functions one model needs, by name; equal layers share one."""
+    """The functions one model needs, by name; equal layers share one.
+
+    `opset`: of the standard operators they are written in. `pins`: routes of layers whose attention is no conditional.
+    """
 
     bodies: dict[str, str] = dataclasses.field(default_factory=dict)
+    opset: int = OPSET
+    pins: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     def parsed(self) -> list[onnx.FunctionProto]:
         """All of them, those that are called before those that call."""
-        return [onnx.parser.parse_function(body) for body in self.bodies.values()]
+        found = [onnx.parser.parse_function(body) for body in self.bodies.values()]
+        for standard in (each for function in found for each in function.opset_import if not each.domain):
+            standard.version = self.opset
+        return found
 
     def table(self) -> dict[Any, Callable[..., Any]]:
         """How `torch.onnx.export` translates each op of ours, and linear over weights stored once."""
@@ -104,8 +112,18 @@ class Functions:
             for rows in (full, streaming):
                 self.bodies.setdefault(f"some_{rows.name}", some_function(rows))
             self.bodies.setdefault(sparse.name, triangle_function(sparse))
+        if layer in self.pins:
+            return self._pinned(full if self.pins[layer] == "full" else sparse, q, k, v, prompt_lens, sink_logits)
         inputs = [q, k, v, route, prompt_lens, *([sink_logits] if full.sinks else [])]
         return self._call(f"routed_{sparse.name}", routed_function(full, sparse), inputs)
+
+    def _pinned(self, kind: Rows | Triangle, q: Any, k: Any, v: Any, prompt_lens: Any, sink_logits: Any) -> Any:
+        """One branch alone."""
+        from onnxscript import opset21 as op
+
+        lens = [prompt_lens] if isinstance(kind, Triangle) else []
+        inputs = [q, k, v, op.Constant(value_ints=[0]), *lens, *([] if sink_logits is None else [sink_logits])]
+        return self._call(kind.name, self.bodies[kind.name], inputs)
 
     def _router_pool(self, q: Any, prompt_lens: Any, *, pool: int) -> Any:
         name = f"router_pool_{pool}"

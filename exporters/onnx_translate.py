@@ -15,7 +15,7 @@ from torch.export.exported_program import ExportedProgram
 
 from fluxc import kernels
 from fluxc.errors import CaptureError
-from fluxc.exporters.onnx_attention import DOMAIN, OPSET
+from fluxc.exporters.onnx_attention import DOMAIN
 from fluxc.exporters.onnx_functions import Functions
 from fluxc.ir.nodes import user_inputs
 
@@ -39,12 +39,12 @@ def translate(
     """
     kernels.register()
     functions = functions or Functions()
-    with _quiet():
+    with quiet():
         try:
             made = torch.onnx.export(
                 program,
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=functions.opset,
                 optimize=True,
                 verbose=False,
                 output_names=list(outputs),
@@ -114,7 +114,7 @@ def _reason(cause: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """torch's exporter warns of what does not concern this graph (torchvision's ops), and logs every step."""
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     for name in _LOGGERS:

@@ -28,6 +28,7 @@ ORDER = (
     "insert-routers",
     "route-attention",
     "apply-plan",
+    "fold-pins",  # after the plan that pins them
     "soften-conditionals",  # for training alone: nothing that serves comes after it
     "lower-to-cond",  # fixes the batch to 1, so nothing that serves batches comes after it
     "merge-linears",  # before the phases part, so that all of them share the merged weights

@@ -30,6 +30,10 @@ from fluxc.cli.tables import size
 @click.option(
     "--verify/--no-verify", default=True, help="Compare with the routed program before keeping it.  [default: verify]"
 )
+@click.option("--dtype", metavar="float32|bfloat16|float16", help="What it computes in.  [default: the model's]")
+@click.option("--device", metavar="cpu|cuda", help="What it runs on.  [default: cpu]")
+@click.option("--pin", is_flag=True, help="Layers that the plan pins become attention without a conditional.")
+@click.option("--layout", type=click.Choice(["triton-server"]), help="Write a model repository around the engine.")
 @target_options
 def export(
     screen: Screen,
@@ -39,6 +43,10 @@ def export(
     verify: bool,
     force: bool,
     dry_run: bool,
+    dtype: str | None,
+    device: str | None,
+    pin: bool,
+    layout: str | None,
     **options: Any,
 ) -> None:
     """Write an engine of MODEL.flux that runs without fluxc: prefill with its routers, decode, weights once.
@@ -60,6 +68,10 @@ def export(
         verify=verify,
         force=force,
         dry_run=dry_run,
+        dtype=dtype,
+        device=device,
+        pin=pin,
+        layout=layout,
         options=given(options),
         progress=screen.progress(),
     )
@@ -69,9 +81,11 @@ def export(
 
 def _lines(report: dict[str, Any]) -> list[str]:
     what = f"{report['model']} to {report['engine']} for {report['target']}"
-    layers = f"{report['routable']} of {report['attentions']} attentions become conditionals"
+    count = report["routable"] - report["pinned"]
+    layers = f"{count} of {report['attentions']} attentions become conditionals"
     if report["dry_run"]:
-        return [f"would export {what}: {layers}, {size(report['weight_bytes'])} of weights"]
+        first = f"would export {what}: {layers}, {size(report['weight_bytes'])} of weights"
+        return [first, *(f"  {form}" for form in report["forms"])]
     verified = report["verified"]
     lines = [f"exported {what}: {layers}, {size(report['bytes'])}"]
     lines += [_built(name, built) for name, built in report.get("built", {}).items()]

@@ -8,8 +8,19 @@ from typing import Any
 import click
 
 _OPTIONS = (
-    click.option("--max-length", type=int, help="trt: longest prompt with its answer.  [default: the model's context]"),
-    click.option("--batch", type=int, help="trt: most requests of one decode step.  [default: 8]"),
+    click.option("--max-length", type=int, help="Longest prompt with its answer.  [default: the model's context]"),
+    click.option("--batch", type=int, help="Most requests of one decode step.  [default: trt 8, others any]"),
+    click.option("--opset", type=int, help="onnx: of the standard operators, 18 to 23.  [default: 21]"),
+    click.option(
+        "--profile",
+        type=click.Choice(["ort", "portable"]),
+        help="onnx: portable takes standard operators alone.  [default: ort]",
+    ),
+    click.option(
+        "--io",
+        type=click.Choice(["engine", "hf"]),
+        help="onnx: hf also writes a model with Hugging Face's names and a dense cache.  [default: engine]",
+    ),
     click.option("--time-limit", type=float, metavar="SECONDS", help="trt: for each engine.  [default: 3600]"),
     click.option(
         "--attention",

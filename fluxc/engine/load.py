@@ -69,21 +69,32 @@ def exported(
     made: EngineDir, device: str | None = None, *, plan: str | Path | Plan | None = None, **options: Any
 ) -> Engine:
     """The engine of an opened engine directory."""
-    if made.manifest.target != "onnx" or (device or "cpu") != "cpu":
-        where = f"an engine for {made.manifest.target} on {device or 'cpu'}"
-        raise OptionError(f"fluxc cannot run {where} yet", hint="load an onnx engine on the CPU")
-    from fluxc.exporters.onnx_programs import OnnxPrograms
-
-    settings = EngineOptions.from_dict(options)
+    programs = _programs(made, device)
+    most = {"max_batch": made.manifest.batch} if made.manifest.batch else {}
+    settings = EngineOptions.from_dict(most | options)
     chosen = engine_dir.checked_plan(made, plan)
     return Engine(
-        OnnxPrograms(made),
+        programs,
         chosen,
         tokenizer=_tokenizer(made.path / "tokenizer"),
         eos_ids=[int(token) for token in made.manifest.meta.get("eos_ids", [])],
         crossover=lambda budget: default_crossover(chosen),
         options=settings,
     )
+
+
+def _programs(made: EngineDir, device: str | None) -> Any:
+    """The programs of the engine's target; each imports its own runtime alone."""
+    if made.manifest.target == "trt":
+        from fluxc.exporters.trt_programs import TrtPrograms
+
+        return TrtPrograms(made, device)
+    if made.manifest.target != "onnx" or (device or "cpu") != "cpu":
+        where = f"an engine for {made.manifest.target} on {device or 'cpu'}"
+        raise OptionError(f"fluxc cannot run {where} yet", hint="load an onnx engine on the CPU")
+    from fluxc.exporters.onnx_programs import OnnxPrograms
+
+    return OnnxPrograms(made)
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -96,7 +96,7 @@ def test_missing_and_damaged_models(here, capsys, tmp_path):
 def test_nothing_is_left_of_an_export_that_fails(here, capsys, monkeypatch):
     from fluxc.exporters import onnx
 
-    def fail(routed, root):
+    def fail(routed, root, **options):
         (root / "prefill.onnx").write_text("half")
         raise InternalError("the builder stopped")
 
