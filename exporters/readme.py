@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fluxc.exporters import trt_readme
 from fluxc.exporters.engine_dir import EngineManifest
 from fluxc.plan import Plan
 
@@ -22,7 +23,11 @@ Sparse layers: {sparse or "none"}. Selected budget: {plan.budget:g}. {_verified(
 `engine.json` lists these files with their SHA-256 and the inputs and outputs of each program. fluxc compares the hashes
 before it opens anything. They show damage, not intent: whoever can change a file can change the manifest as well.
 
-{_ONNX}"""
+{_how(manifest)}"""
+
+
+def _how(manifest: EngineManifest) -> str:
+    return trt_readme.how(manifest) if manifest.target == "trt" else _ONNX
 
 
 def _verified(manifest: EngineManifest) -> str:
