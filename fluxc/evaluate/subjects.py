@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +43,9 @@ class Subject(Protocol):
     def outcomes(self, prompt: TokenizedPrompt, biases: Tensor) -> list[Outcome]:
         """The prompt under each routing; biases fp32 [L,N]."""
 
+    def prefill(self, ids: Sequence[int], prompt_len: int, rows: Sequence[int], bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [N,V] of N rows of one sequence, and its routes bool[L]; bias fp32 [L]."""
+
     def engine(self, decode: str) -> Engine:
         """An engine whose sparse layers keep what `decode` (sparse, full) says; raises OptionError for a model that
         cannot decode, or not so."""
@@ -67,6 +71,12 @@ class FluxSubject:
     def outcomes(self, prompt: TokenizedPrompt, biases: Tensor) -> list[Outcome]:
         """See Subject."""
         return run_biases(self.model.routed, prompt, biases.to(self.device))
+
+    def prefill(self, ids: Sequence[int], prompt_len: int, rows: Sequence[int], bias: Tensor) -> tuple[Tensor, Tensor]:
+        """See Subject."""
+        batch = self.model.batch(list(ids), prompt_lens=[prompt_len], logits_at=[list(rows)])
+        found = self.model.run_routed(batch, bias[:, None].to(self.device))
+        return found.logits[0], found.routes[:, 0]
 
     @functools.cache  # noqa: B019 (one engine a setting, for as long as the subject lives)
     def engine(self, decode: str) -> Engine:
@@ -98,18 +108,21 @@ class EngineSubject:
         """The engine's tokenizer."""
         return _needed(self._engine.tokenizer, self.name)
 
-    @torch.no_grad()
     def outcomes(self, prompt: TokenizedPrompt, biases: Tensor) -> list[Outcome]:
         """See Subject. An engine prefills one request at a time."""
         return [self._outcome(prompt, biases[:, row]) for row in range(biases.shape[1])]
 
     def _outcome(self, prompt: TokenizedPrompt, bias: Tensor) -> Outcome:
-        inputs = (torch.tensor(values)[None] for values in (prompt.input_ids, prompt.logits_at))
-        ids, at = inputs
-        *_, last = self._engine.programs.prefill(ids, torch.tensor([prompt.prompt_len]), bias[:, None].float(), at)
+        logits, routes = self.prefill(prompt.input_ids, prompt.prompt_len, prompt.logits_at, bias)
+        return _outcome(logits[None], prompt, routes)
+
+    @torch.no_grad()
+    def prefill(self, ids: Sequence[int], prompt_len: int, rows: Sequence[int], bias: Tensor) -> tuple[Tensor, Tensor]:
+        """See Subject."""
+        tokens, at = torch.tensor(list(ids))[None], torch.tensor(list(rows))[None]
+        *_, last = self._engine.programs.prefill(tokens, torch.tensor([prompt_len]), bias[:, None].float(), at)
         assert isinstance(last, Prefilled)
-        scores = torch.zeros(self.layers) if last.scores is None else last.scores.float()
-        return _outcome(last.logits, prompt, last.routes, scores)
+        return last.logits[0], last.routes
 
     def engine(self, decode: str) -> Engine:
         """See Subject."""
@@ -137,14 +150,18 @@ class DenseSubject:
         self.digest = canonical_digest([weights_digest(found.program.state_dict), crossover.device_name(device)])
         self._module = runnable(program)
 
-    @torch.no_grad()
     def outcomes(self, prompt: TokenizedPrompt, biases: Tensor) -> list[Outcome]:
         """See Subject; `biases` say nothing here."""
+        logits, routes = self.prefill(prompt.input_ids, prompt.prompt_len, prompt.logits_at, biases)
+        return [_outcome(logits[None], prompt, routes)]
+
+    @torch.no_grad()
+    def prefill(self, ids: Sequence[int], prompt_len: int, rows: Sequence[int], bias: Tensor) -> tuple[Tensor, Tensor]:
+        """See Subject."""
         from fluxc.runtime.batch import make_batch
 
-        batch = make_batch(prompt.input_ids, logits_at=[prompt.logits_at], context=0, device=self.device)
-        logits = self._module(*batch.captured())
-        return [_outcome(logits, prompt, torch.zeros(0, dtype=torch.bool), torch.zeros(0))]
+        batch = make_batch(list(ids), logits_at=[list(rows)], context=0, device=self.device)
+        return self._module(*batch.captured())[0], torch.zeros(0, dtype=torch.bool)
 
     def engine(self, decode: str) -> Engine:
         """See Subject."""
@@ -182,10 +199,11 @@ def _plan_sizes(plan: Plan) -> Sizes:
     return Sizes(sink, window, plan.model.context)
 
 
-def _outcome(logits: Tensor, prompt: TokenizedPrompt, routes: Tensor, scores: Tensor) -> Outcome:
+def _outcome(logits: Tensor, prompt: TokenizedPrompt, routes: Tensor) -> Outcome:
+    """The outcome of logits [1,N,V]; scores are not kept."""
     target = torch.tensor(prompt.answer_ids, device=logits.device)
     exact = bool((logits[0].argmax(-1) == target).all())
-    return Outcome(float(answer_loss(logits, prompt)), exact, routes.cpu(), scores.cpu())
+    return Outcome(float(answer_loss(logits, prompt)), exact, routes.cpu(), torch.zeros(len(routes)))
 
 
 def _redecoded(model: FluxModel, decode: str) -> Engine:
