@@ -20,7 +20,7 @@ def speed_figure(lengths: Sequence[Length], crossover: int | None, caption: str)
     """Speed-up of prefill over dense against length, each run beside its ideal (solid) and its bound (dashed)."""
     runs = {name: _run(lengths, name) for name in dict.fromkeys(run["name"] for x in lengths for run in x["routed"])}
     at = [x["length"] for x in lengths]
-    most = max(run["bound"] for found in runs.values() for _, run in found)
+    most = max(run.get("bound") or run["speedup"] for found in runs.values() for _, run in found)
     colours = dict(zip(runs, ("fluxc", "static", "oracle"), strict=False))
     looks = [Look(name, colours[name], NAMES.get(name, name), joined=True) for name in runs]
     looks.append(Look("", "mute", "ideal (line), bound (dashed)"))
@@ -56,11 +56,13 @@ def _speeds(found: list[tuple[int, dict[str, Any]]], colour: str, point: Callabl
             points = [(x - 13, y), (x + 13, y)]
         return line(points, colour, 1.4, dash=dash, opacity=0.75)
 
-    shapes: list[Shape] = [guide("bound", (2, 5)), guide("ideal", ())]
+    # Engines are timed from outside, without bound and ideal.
+    known = all("ideal" in run for _, run in found)
+    shapes: list[Shape] = [guide("bound", (2, 5)), guide("ideal", ())] if known else []
     if len(found) > 1:
         shapes.append(line(along("speedup"), colour, 2.4))
     for (x, run), (px, py) in zip(found, along("speedup"), strict=True):
-        figures = f"{run['speedup']:.2f}x, ideal {run['ideal']:.2f}, bound {run['bound']:.2f}"
+        figures = f"{run['speedup']:.2f}x" + (f", ideal {run['ideal']:.2f}, bound {run['bound']:.2f}" if known else "")
         title = f"{x} tokens, Ω {run['sparse_ratio']:.2f}: {figures}"
         shapes.append(Dot(px, py, 5, colour, title))
     return shapes

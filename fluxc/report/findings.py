@@ -76,7 +76,8 @@ def _evaluated(material: Material) -> list[Tile]:
 def _speed(bench: dict[str, Any]) -> list[Tile]:
     longest = max(bench["lengths"], key=lambda x: x["length"])
     run = longest["routed"][-1]
-    said = f"prefill of {longest['length']:,} tokens, ideal {run['ideal']:.2f}×, Ω {run['sparse_ratio']:.2f}"
+    ideal = f", ideal {run['ideal']:.2f}×" if "ideal" in run else ""
+    said = f"prefill of {longest['length']:,} tokens{ideal}, Ω {run['sparse_ratio']:.2f}"
     return [Tile(f"{run['speedup']:.2f}×", said)]
 
 
