@@ -12,6 +12,7 @@ import numpy as np
 from fluxc.errors import TargetError
 
 LIBRARY = "libcuda.so.1"
+_MAJOR, _MINOR = 75, 76  # attributes of a device, as cuda.h numbers them
 _HINT = "run the engine on a machine with an NVIDIA GPU, or export --target onnx for this one"
 
 
@@ -21,7 +22,7 @@ class CudaDriver:
     def __init__(self, device: int = 0, library: Any = None) -> None:
         self._cuda = library or _open()
         self._context = ctypes.c_void_p()
-        handle = ctypes.c_int()
+        self._device = handle = ctypes.c_int()
         if self._cuda.cuInit(0):
             raise TargetError("the CUDA driver finds no device", hint=_HINT)
         if self._cuda.cuDeviceGet(ctypes.byref(handle), device):
@@ -31,6 +32,10 @@ class CudaDriver:
         stream = ctypes.c_void_p()
         self._check("cuStreamCreate", ctypes.byref(stream), 0)
         self.stream: int = stream.value or 0
+
+    def capability(self) -> tuple[int, int]:
+        """The device's compute capability."""
+        return self._attribute(_MAJOR), self._attribute(_MINOR)
 
     def use(self) -> None:
         """Make the device the calling thread's."""
@@ -57,6 +62,11 @@ class CudaDriver:
     def wait(self) -> None:
         """Return when all work of the stream is done."""
         self._check("cuStreamSynchronize", ctypes.c_void_p(self.stream))
+
+    def _attribute(self, number: int) -> int:
+        value = ctypes.c_int()
+        self._check("cuDeviceGetAttribute", ctypes.byref(value), number, self._device)
+        return value.value
 
     def _check(self, name: str, *arguments: Any) -> None:
         code = getattr(self._cuda, name)(*arguments)

@@ -70,12 +70,13 @@ def export(
     flux = open_flux(source)
     own, sizes = _split(maker, target, {**(options or {}), **({"pins": True} if pin else {})})
     made = prepare(flux, dtype=dtype, device=device, pin=pin, **sizes)
-    settings = own | _filled(maker, flux.plan.model.context, made)
+    settings = own | _filled(maker, flux, made)
+    made = _limited(maker, made, settings)
     check_budget(flux.plan, made.pins, source)
     maker.check(made.program, **settings)
     weights = sum(entry.bytes for name, entry in flux.manifest.files.items() if name.endswith(".safetensors"))
     weights += sum(entry.bytes for entry in flux.manifest.links.values())
-    check_space(place, weights + _SMALL_FILES_BYTES)
+    check_space(place, weights * getattr(maker, "COPIES", 1) + _SMALL_FILES_BYTES)
     report = {"model": str(source), "engine": str(place), "target": target, "dry_run": dry_run}
     report |= {"attentions": flux.plan.model.layers, "routable": len(flux.plan.layers), "weight_bytes": weights}
     report |= {"pinned": len(made.pins), "forms": forms(made.program, made.pins)}
@@ -99,11 +100,20 @@ def _split(maker: Any, target: str, options: Mapping[str, Any]) -> tuple[dict[st
     return {name: value for name, value in options.items() if name in known and name != "pins"}, sizes
 
 
-def _filled(maker: Any, context: int, made: Prepared) -> dict[str, Any]:
-    """Options that a target has and nobody types: the model's context, the folded layers."""
+def _filled(maker: Any, flux: FluxDir, made: Prepared) -> dict[str, Any]:
+    """Options that a target has and nobody types: what it may need to know of the model, and the folded layers."""
     known = getattr(maker, "OPTIONS", frozenset())
-    values = {"context": context, "pins": made.pins}
+    values = {"context": flux.plan.model.context, "pins": made.pins, "calibrated": flux.plan}
+    values["eos_ids"] = [int(token) for token in flux.meta.get("eos_ids", [])]
     return {name: value for name, value in values.items() if name in known}
+
+
+def _limited(maker: Any, made: Prepared, settings: Mapping[str, Any]) -> Prepared:
+    """With the sizes that a target builds into its files."""
+    if not hasattr(maker, "limits"):
+        return made
+    length, batch = maker.limits(**settings)
+    return dataclasses.replace(made, max_length=length, batch=batch)
 
 
 def find_model(model: str | Path | None) -> Path:

@@ -33,9 +33,10 @@ TARGETS = {
         Target(
             "trt",
             "TensorRT",
-            (("onnx",), ("onnxscript",), ("tensorrt", "tensorrt_rtx")),
-            "pip install onnx onnxscript tensorrt-rtx",
+            (("onnx",), ("onnxscript",), ("onnxruntime",), ("tensorrt", "tensorrt_rtx")),
+            "pip install onnx onnxscript onnxruntime tensorrt-rtx",
         ),
+        Target("torch-trt", "torch-tensorrt", (("torch_tensorrt",),), "pip install torch-tensorrt"),
     )
 }
 
@@ -51,7 +52,7 @@ def exporter(name: str) -> Any:
     missing = [" or ".join(choice) for choice in target.libraries if not any(map(_is_here, choice))]
     if missing:
         raise TargetError(f"target {name} needs {', '.join(missing)}, which is not installed", hint=target.install)
-    module = f"fluxc.exporters.{name}"
+    module = f"fluxc.exporters.{name.replace('-', '_')}"
     if importlib.util.find_spec(module) is None:
         raise TargetError(
             f"this version of fluxc has no exporter for {name} ({target.does}) yet", hint="use --target onnx"

@@ -22,7 +22,7 @@ from fluxc.exporters.onnx import KV, signature
 from fluxc.exporters.onnx_phases import OnnxPhases
 from fluxc.exporters.onnx_sessions import OnnxSessions
 from fluxc.exporters.trt_builder import installed
-from fluxc.exporters.trt_graphs import WEIGHTS, routed_calls, shapes, write_models
+from fluxc.exporters.trt_graphs import FUSED, WEIGHTS, routed_calls, shapes, write_models
 from fluxc.exporters.trt_options import TrtOptions
 from fluxc.exporters.trt_read import Reading, read
 from fluxc.exporters.trt_split import SplitPhases
@@ -31,8 +31,10 @@ from fluxc.ir.kv import kv_geometry
 from fluxc.ir.layers import attention_nodes
 from fluxc.ir.nodes import argument, calls
 
-__all__ = ["KV", "OPTIONS", "build", "check", "phases", "tidy", "tools"]
+__all__ = ["COPIES", "KV", "OPTIONS", "build", "check", "limits", "phases", "tidy", "tools"]
 OPTIONS = frozenset(field.name for field in dataclasses.fields(TrtOptions))
+COPIES = 4
+"""Times the weights that an export needs on the disk: the ONNX file, and up to three engines."""
 ROWS = 512
 """No tensor of an engine holds more attention weights than heads x ROWS x the longest prompt."""
 TOOLS = ("onnx", "onnxscript", "onnx-ir", "onnxruntime")
@@ -82,6 +84,7 @@ def _program(
     phase: str, model: ir.Model, root: Path, settings: TrtOptions, parsed: dict[str, Any], heads: int
 ) -> dict[str, Any]:
     onnx, engine, inspect = (root / f"{phase}.{end}" for end in ("onnx", "engine", "inspect"))
+    onnx = fused if (fused := root / f"{phase}{FUSED}").is_file() else onnx
     profile = shapes(model, settings.length, settings.batch)
     made = trt_process.build(onnx, engine, profile, settings.time_limit, inspect)
     names = routed_calls(model) if phase == "prefill" else []
@@ -101,6 +104,7 @@ def _program(
         "largest_buffer_bytes": reading.largest_region,
         "attention_bound_bytes": heads * ROWS * settings.length * 4,
         "onnx_sha256": FileEntry.of(onnx).sha256,
+        "attention": "fused" if onnx.name.endswith(FUSED) else "decomposed",
     }
     return {"file": engine.name, **signature(model), "profile": profile, "built": built}
 
@@ -126,6 +130,12 @@ def phases(root: Path) -> OnnxPhases | SplitPhases:
         for branch in ("full", "sparse")
     )
     return SplitPhases(full, sparse)
+
+
+def limits(**options: Any) -> tuple[int, int]:
+    """The most tokens and the most requests of a decode step that the engines take."""
+    settings = TrtOptions(**options)
+    return settings.length, settings.batch
 
 
 def tidy(root: Path, **options: Any) -> None:

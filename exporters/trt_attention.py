@@ -27,6 +27,18 @@ def rows_function(rows: Rows) -> str:
     return _loop(f"{rows.name} (q, k, v{rows.inputs})", rows, block, far=not near, near=rows if near else None)
 
 
+def fused_function(rows: Rows) -> str:
+    """`rows.name` of full rows as TensorRT's own attention, which ONNX Runtime does not know."""
+    return f"""{HEADER}
+{rows.name} (q, k, v) => (out) {{
+  scale = Constant <value_float = {rows.scale!r}> ()
+  scale_as = CastLike (scale, q)
+  scaled = Mul (q, scale_as)
+  turned = TRT_Attention <is_causal = 1, TRT_decomposable = 1> (scaled, k, v)
+  out = Transpose <perm = [0, 2, 1, 3]> (turned)
+}}"""
+
+
 def routed_function(full: Rows, sparse: Rows | Triangle) -> str:
     """`routed_<sparse.name>(q, k, v, route bool[1], prompt_lens i64[1]) -> [1,S,H,Dv]`: one `If`, inside the loop.
 

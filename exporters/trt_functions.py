@@ -17,9 +17,13 @@ Branch = Literal["both", "full", "sparse"]
 
 @dataclasses.dataclass
 class TrtFunctions(Functions):
-    """`branch`: what a routed attention becomes: the conditional, or the branch that is taken whatever its route."""
+    """`branch`: what a routed attention becomes: the conditional, or the branch that is taken whatever its route.
+
+    `rows`: the attentions without a conditional, by the name of their function.
+    """
 
     branch: Branch = "both"
+    rows: dict[str, Rows] = dataclasses.field(default_factory=dict)
 
     def _attention(
         self,
@@ -60,14 +64,16 @@ class TrtFunctions(Functions):
         full = Rows(scale, 0, 0, softcap, sink_logits is not None)
         streaming = dataclasses.replace(full, sink=sink, window=window)
         triangle = bool(last or decode_full)
-        if self.branch == "full" or (self.branch == "sparse" and not triangle):
-            return self._rows_call(full if self.branch == "full" else streaming, [q, k, v], sink_logits)
+        branch = self.pins.get(layer, self.branch)
+        if branch == "full" or (branch == "sparse" and not triangle):
+            return self._rows_call(full if branch == "full" else streaming, [q, k, v], sink_logits)
         sparse = Triangle(streaming, last, decode_full) if triangle else streaming
-        taken = _never() if self.branch == "sparse" else route
+        taken = _never() if branch == "sparse" else route
         inputs = [q, k, v, taken, prompt_lens, *([sink_logits] if full.sinks else [])]
         return self._call(f"routed_{sparse.name}", routed_function(full, sparse), inputs)
 
     def _rows_call(self, rows: Rows, inputs: Sequence[Any], sink_logits: Any) -> Any:
+        self.rows[rows.name] = rows
         return self._call(rows.name, rows_function(rows), [*inputs, *([sink_logits] if rows.sinks else [])])
 
     def _router_pool(self, q: Any, prompt_lens: Any, *, pool: int) -> Any:
@@ -76,6 +82,11 @@ class TrtFunctions(Functions):
 
     def _grouped_mm(self, x: Any, weight: Any, ends: Any) -> Any:
         return self._call("grouped_mm", grouped_mm_function(), [x, weight, ends])
+
+
+def fused(rows: Rows) -> bool:
+    """Whether TensorRT's own attention computes these rows: all keys up to their own, and nothing else."""
+    return not (rows.window or rows.softcap or rows.sinks)
 
 
 def _never() -> Any:

@@ -12,12 +12,13 @@ from fluxc import passes
 from fluxc.exporters.onnx import decode_model
 from fluxc.exporters.onnx_translate import translate
 from fluxc.exporters.onnx_weights import save_models
-from fluxc.exporters.trt_functions import Branch, TrtFunctions
+from fluxc.exporters.trt_attention import fused_function
+from fluxc.exporters.trt_functions import Branch, TrtFunctions, fused
 from fluxc.exporters.trt_options import TrtOptions
 from fluxc.ir.layers import attention_nodes
 from fluxc.kernels.schemas import PAGE
 
-WEIGHTS = "weights.bin"
+WEIGHTS, FUSED = "weights.bin", ".fused.onnx"
 MOST_ROWS = 16
 """Rows of a prompt that one prefill gives logits of, at most."""
 Shapes = dict[str, list[list[int]]]
@@ -33,12 +34,26 @@ def write_models(routed: ExportedProgram, root: Path, options: TrtOptions) -> di
     branches: dict[str, Branch] = {"prefill": "both"}
     if options.plan == "split":
         branches = {"prefill_full": "full", "prefill_sparse": "sparse"}
-    models = {phase: prefill_model(program, TrtFunctions(branch=branch)) for phase, branch in branches.items()}
+    functions = {phase: TrtFunctions(branch=branch, pins=options.pins) for phase, branch in branches.items()}
+    models = {phase: prefill_model(program, functions[phase]) for phase in functions}
     models["decode"] = decode_model(routed)
     save_models({f"{phase}.onnx": model for phase, model in models.items()}, root, WEIGHTS)
     for phase in models:
         onnx.checker.check_model(root / f"{phase}.onnx", full_check=True)
+    if options.attention == "fused":
+        for phase, written in functions.items():
+            _fuse(root / f"{phase}.onnx", root / f"{phase}{FUSED}", written)
     return models
+
+
+def _fuse(source: Path, target: Path, functions: TrtFunctions) -> None:
+    """Write `source` again with TensorRT's own attention in place of the loops over full rows."""
+    model = onnx.load(source, load_external_data=False)
+    for function in model.functions:
+        rows = functions.rows.get(function.name)
+        if rows is not None and fused(rows):
+            function.CopyFrom(onnx.parser.parse_function(fused_function(rows)))
+    onnx.save(model, target)
 
 
 def prefill_model(program: ExportedProgram, functions: TrtFunctions) -> ir.Model:

@@ -136,6 +136,16 @@ def _onnxruntime() -> str:
     return f"{onnxruntime.__version__}, {', '.join(onnxruntime.get_available_providers())}"
 
 
+def _tensorrt_gpu() -> str:
+    from fluxc.exporters.cuda_driver import CudaDriver
+
+    found = "{}.{}".format(*CudaDriver().capability())
+    rtx = importlib.util.find_spec("tensorrt_rtx") is not None
+    if rtx and found not in TENSORRT_RTX_ARCHS.split(", "):
+        raise RuntimeError(f"sm {found} is none that TensorRT-RTX runs on ({TENSORRT_RTX_ARCHS})")
+    return f"sm {found}"
+
+
 def _module_version(name: str) -> Callable[[], str]:
     return lambda: str(importlib.import_module(name).__version__)
 
@@ -148,6 +158,7 @@ _DESCRIBED: tuple[tuple[str, Callable[[], str]], ...] = (
     ("tensorrt_rtx", _module_version("tensorrt_rtx")),
     ("tensorrt", _module_version("tensorrt")),
     ("torch_tensorrt", _module_version("torch_tensorrt")),
+    ("TensorRT GPU", _tensorrt_gpu),
 )
 
 
@@ -171,7 +182,7 @@ def _memory() -> str:
 
 def _targets(found: dict[str, Component]) -> Iterator[Target]:
     def lacks(*names: str) -> tuple[Need, ...]:
-        return tuple(Need(name, _CURES.get(name, "")) for name in names if not found[name].present)
+        return tuple(Need(name, _CURES.get(name, "")) for name in names if not _any_present(found, name))
 
     core = lacks("torch", "transformers", "safetensors")
     yield Target("capture", "a Hugging Face model or an exported program", core)
@@ -183,15 +194,22 @@ def _targets(found: dict[str, Component]) -> Iterator[Target]:
         yield Target(name, does, _exporter(name) + core + lacks(*needs))
 
 
+def _any_present(found: dict[str, Component], names: str) -> bool:
+    """Whether one of `a or b` is there."""
+    return any(found[name].present for name in names.split(" or "))
+
+
 _EXPORTS = (
     ("aoti cpu", "compiled package for the CPU", ("C++ compiler",)),
     ("aoti cuda", "compiled package for a GPU", ("C++ compiler", "gpu", "triton")),
     ("onnx", "ONNX Runtime engine", ("onnx", "onnxscript", "onnxruntime")),
     (
         "trt",
-        f"TensorRT-RTX engine: builds anywhere, runs on sm {TENSORRT_RTX_ARCHS}",
-        ("onnx", "onnxscript", "tensorrt_rtx"),
+        "TensorRT engine: TensorRT-RTX builds it without a GPU",
+        ("onnx", "onnxscript", "onnxruntime", "tensorrt_rtx or tensorrt"),
     ),
+    ("trt run", f"run it: TensorRT-RTX on sm {TENSORRT_RTX_ARCHS}", ("tensorrt_rtx or tensorrt", "TensorRT GPU")),
+    ("torch-trt", "dense parts of the prefill through torch-tensorrt", ("torch_tensorrt", "gpu")),
 )
 
 _CURES = {
@@ -206,13 +224,14 @@ _CURES = {
     "onnx": "pip install onnx",
     "onnxscript": "pip install onnxscript",
     "onnxruntime": "pip install onnxruntime",
-    "tensorrt_rtx": "pip install tensorrt-rtx",
+    "tensorrt_rtx or tensorrt": "pip install tensorrt-rtx",
+    "torch_tensorrt": "pip install torch-tensorrt",
 }
 
 
 def _exporter(target: str) -> tuple[Need, ...]:
     """The target's exporter, if this version of fluxc does not have it yet."""
-    module = f"fluxc.exporters.{target.split()[0]}"
+    module = f"fluxc.exporters.{target.split()[0].replace('-', '_')}"
     return () if importlib.util.find_spec(module) else (Need("an exporter in this version of fluxc"),)
 
 

@@ -59,7 +59,7 @@ def test_none_or_several_models(here, capsys, flux):
 
 
 def test_unknown_target(here, capsys):
-    assert "'tflite' is no target; use one of onnx, aoti, trt" in refuse(capsys, "--target", "tflite")
+    assert "'tflite' is no target; use one of onnx, aoti, trt, torch-trt" in refuse(capsys, "--target", "tflite")
 
 
 @pytest.mark.parametrize(
