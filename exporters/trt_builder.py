@@ -71,7 +71,7 @@ def _build(trt: Any, logger: Any, builder: Any, network: Any, job: Job) -> dict[
     plan = builder.build_serialized_network(network, config)
     seconds = time.perf_counter() - started
     if plan is None:
-        raise RuntimeError("the builder returned no engine")
+        raise SystemExit("the builder returned no engine")
     Path(job.engine).write_bytes(plan)
     return {"build_seconds": seconds, "bytes": plan.nbytes, "inspected": _inspect(trt, logger, plan, job.inspect)}
 

@@ -43,7 +43,7 @@ def _run(onnx: Path, engine: str, shapes: dict[str, list[list[int]]], seconds: f
         done = _process(file, onnx.name, seconds)
         result = Path(job.result)
         if done.returncode or not result.is_file():
-            raise _crash(onnx.name, done.returncode, done.stderr)
+            raise _crash(onnx.name, done.returncode, done.stdout)
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     if found["errors"]:
         raise _refused(onnx.name, found["errors"][0])
@@ -54,7 +54,7 @@ def _process(job: Path, name: str, seconds: float) -> subprocess.CompletedProces
     command = [sys.executable, "-P", "-m", "fluxc.exporters.trt_builder", str(job)]
     try:
         return subprocess.run(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", timeout=seconds
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=seconds
         )
     except subprocess.TimeoutExpired as cause:
         raise TargetError(
