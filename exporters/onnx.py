@@ -22,6 +22,8 @@ from fluxc import kernels, passes
 from fluxc.errors import InternalError, TargetError
 from fluxc.exporters.onnx_attention import OPSET
 from fluxc.exporters.onnx_functions import Functions
+from fluxc.exporters.onnx_hf import FILE as HF
+from fluxc.exporters.onnx_hf import hf_model, write_configs
 from fluxc.exporters.onnx_operations import check_operations
 from fluxc.exporters.onnx_options import OnnxOptions
 from fluxc.exporters.onnx_phases import OnnxPhases
@@ -32,6 +34,7 @@ from fluxc.ir.kv import kv_geometry
 from fluxc.ir.layers import attention_nodes
 from fluxc.ir.nodes import argument, calls
 from fluxc.passes.drop_routers import DropRouters
+from fluxc.passes.insert_past import check_rope
 from fluxc.passes.insert_slot_cache import InsertSlotCache
 from fluxc.passes.rope_per_request import RopePerRequest
 
@@ -63,6 +66,8 @@ def check(routed: ExportedProgram, **options: Any) -> None:
                 hint="transform with --sparse-kind streaming or triangle",
             )
     check_operations(routed)
+    if options.get("io") == "hf":
+        check_rope(routed)
 
 
 def build(routed: ExportedProgram, root: Path, **options: Any) -> dict[str, Any]:
@@ -72,9 +77,13 @@ def build(routed: ExportedProgram, root: Path, **options: Any) -> dict[str, Any]
     """
     settings = OnnxOptions(**options)
     models = {PREFILL: _prefill(routed, settings), DECODE: decode_model(routed, settings.opset)}
+    if settings.io == "hf":
+        models[HF] = hf_model(routed, settings)
     save_models(models, root, WEIGHTS)
     for name in models:
         onnx.checker.check_model(root / name, full_check=True)
+    if settings.io == "hf":
+        write_configs(root, settings, models[HF])
     programs = {Path(name).stem: {"file": name, **signature(model)} for name, model in models.items()}
     _check_conditionals(models[PREFILL], routed, len(settings.pins))
     return programs

@@ -12,18 +12,9 @@ import torch
 from onnxscript import values
 
 from fluxc.errors import UserError
-from fluxc.exporters.onnx_attention import (
-    DOMAIN,
-    OPSET,
-    Rows,
-    Triangle,
-    routed_function,
-    rows_function,
-    some_function,
-    triangle_function,
-)
+from fluxc.exporters.onnx_attention import DOMAIN, HEADER, OPSET, Rows, Triangle, rows_function
+from fluxc.exporters.onnx_routed import routed_function, some_function, triangle_function
 
-_HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}, "{DOMAIN}" : 1]>'
 _TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(bool)", "tensor(int64)", "tensor(int32)"]
 
 
@@ -78,10 +69,13 @@ class Functions:
     ) -> Any:
         if q_start is not None:
             raise UserError(f"the attention of layer {layer} starts at a position of its own, which ONNX does not get")
+        return self.full_rows(Rows(scale, 0, window, softcap, sink_logits is not None), q, k, v, sink_logits)
+
+    def full_rows(self, rows: Rows, q: Any, k: Any, v: Any, sinks: Any) -> Any:
+        """An attention without a route."""
         from onnxscript import opset21 as op
 
-        rows = Rows(scale, 0, window, softcap, sink_logits is not None)
-        inputs = [q, k, v, op.Constant(value_ints=[0]), *([sink_logits] if rows.sinks else [])]
+        inputs = [q, k, v, op.Constant(value_ints=[0]), *([] if sinks is None else [sinks])]
         return self._call(rows.name, rows_function(rows), inputs)
 
     def _routed_attention(
@@ -114,7 +108,13 @@ class Functions:
             self.bodies.setdefault(sparse.name, triangle_function(sparse))
         if layer in self.pins:
             return self._pinned(full if self.pins[layer] == "full" else sparse, q, k, v, prompt_lens, sink_logits)
-        inputs = [q, k, v, route, prompt_lens, *([sink_logits] if full.sinks else [])]
+        return self.routed(full, sparse, q, k, v, route, prompt_lens, sink_logits)
+
+    def routed(
+        self, full: Rows, sparse: Rows | Triangle, q: Any, k: Any, v: Any, route: Any, prompt_lens: Any, sinks: Any
+    ) -> Any:
+        """The branch of the route."""
+        inputs = [q, k, v, route, prompt_lens, *([] if sinks is None else [sinks])]
         return self._call(f"routed_{sparse.name}", routed_function(full, sparse), inputs)
 
     def _pinned(self, kind: Rows | Triangle, q: Any, k: Any, v: Any, prompt_lens: Any, sink_logits: Any) -> Any:
@@ -159,7 +159,7 @@ def _schema(name: str, inputs: int) -> onnx.defs.OpSchema:
 
 def router_pool_function(name: str, pool: int) -> str:
     """`name(q [1,H,S,D], prompt_lens i64[1]) -> f32[1,D]`: the mean of both ends of the prompt."""
-    return f"""{_HEADER}
+    return f"""{HEADER}
 {name} (q, prompt_lens) => (out) {{
   zero = Constant <value_ints = [0]> ()
   two = Constant <value_ints = [2]> ()
@@ -178,7 +178,7 @@ def router_pool_function(name: str, pool: int) -> str:
 
 def grouped_mm_function() -> str:
     """`grouped_mm(x [T,K], weight [E,K,N], ends i32[E]) -> [T,N]`: one product for each group that has rows."""
-    return f"""{_HEADER}
+    return f"""{HEADER}
 grouped_mm (x, weight, ends) => (out) {{
   zero = Constant <value_ints = [0]> ()
   one = Constant <value_ints = [1]> ()

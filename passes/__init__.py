@@ -37,6 +37,7 @@ ORDER = (
     "expose-kv",
     "insert-kv-cache",
     "insert-slot-cache",
+    "insert-past",
     "append-turn",
     "outline-layers",  # last: its result is a module
     "split-phases",  # last as well

@@ -43,7 +43,11 @@ Result = dict[str, Any]
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1), help="Timed prefills of each kind.")
 @click.option("--threads", default=0, type=click.IntRange(min=0), help="Of one operator.  [default: all cores]")
 @click.option("--layers", "counts", multiple=True, type=click.IntRange(min=1), help=f"Of the table. Default: {LAYERS}.")
-@click.option("--work", type=click.Path(path_type=Path), help="A folder for the models.  [default: a temporary one]")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    help="Folder of the models; takes a dense.onnx there.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Raw JSON, rewritten after each part.")
 def onnx(
     screen: Screen,
@@ -66,7 +70,8 @@ def onnx(
         parts.add("text", "text", model=str(flux), engine=engine, tokens=32)
         parts.add("memory", "memory", engine=engine)
         parts.add_first_tokens(engine)
-        parts.add("dense_export", "dense", model=dense_of, place=plain)
+        if not Path(plain).exists():
+            parts.add("dense_export", "dense", model=dense_of, place=plain)
         parts.add("prefill", "prefill", engine=engine, dense=plain, length=length, rounds=rounds, threads=threads)
         parts.add_growth(counts or LAYERS)
     screen.show(_table(parts.found))

@@ -12,6 +12,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not inst
 
 from fluxc import kernels  # noqa: E402
 from fluxc.exporters import onnx_attention as functions  # noqa: E402
+from fluxc.exporters import onnx_routed as routed  # noqa: E402
 from fluxc.exporters.onnx_attention import CHUNK, Rows, Triangle  # noqa: E402
 
 HEADS, KEY_HEADS, WIDTH, SCALE = 4, 2, 8, 0.3
@@ -36,9 +37,9 @@ def session(softcap=0.0, sinks=False, last=0, decode_full=False):
     sparse = streaming
     if last or decode_full:
         sparse = Triangle(streaming, last, decode_full)
-        texts += [functions.some_function(full), functions.some_function(streaming)]
-        texts.append(functions.triangle_function(sparse))
-    texts.append(functions.routed_function(full, sparse))
+        texts += [routed.some_function(full), routed.some_function(streaming)]
+        texts.append(routed.triangle_function(sparse))
+    texts.append(routed.routed_function(full, sparse))
     extra = ("", "")
     if sinks:
         extra = (f", float[{HEADS}] sink_logits", ", sink_logits")
