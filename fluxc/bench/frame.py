@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from fluxc.artifact import versions
+from fluxc.calibrate.runner import forced
 from fluxc.engine.engine import Engine
-from fluxc.engine.programs import Prefilled
+from fluxc.engine.whole_prefill import whole_prefill
 from fluxc.errors import SelfCheckError
 from fluxc.options import Options
 from fluxc.plan import Plan
@@ -27,7 +28,7 @@ from fluxc.progress import SILENT, Progress
 from fluxc.runtime import crossover
 from fluxc.runtime.clock import Timing, interleaved, seconds_of
 from fluxc.runtime.measure import measure_prefill, spread_routes
-from fluxc.runtime.model import FluxModel, forced_bias
+from fluxc.runtime.model import FluxModel
 
 LENGTHS = (1024, 2048, 4096, 8192)
 CHECKED = 48
@@ -56,16 +57,11 @@ def measure(path: Path, device: str, options: FrameOptions, progress: Progress =
 
     Raises what loading raises, and SelfCheckError, without any number, where dense and all-full prefill differ.
     """
-    from fluxc.engine.load import engine_of, load
-    from fluxc.exporters import engine_dir
-    from fluxc.runtime.model import load_flux
-
     progress.start("loading and checking")
     start = time.perf_counter()
-    most = max(options.batches)
-    model = None if (path / engine_dir.NAME).is_file() else load_flux(path, device)
+    model, begin = _opened(path, device, max(options.batches))
     loaded = time.perf_counter()
-    engine = engine_of(model, max_batch=most) if model else load(path, "cpu", max_batch=most)
+    engine = begin()
     with engine:
         engine.warm_up()
         ready = time.perf_counter()
@@ -83,6 +79,21 @@ def measure(path: Path, device: str, options: FrameOptions, progress: Progress =
             found["lengths"] = [_engine_prefill(engine, length, options, progress) for length in lengths]
         found["decode"] = [_decode(engine, n, batch, options, progress) for n in lengths for batch in options.batches]
     return {**found, "peak_bytes": _peak(device)}
+
+
+def _opened(path: Path, device: str, batch: int) -> tuple[FluxModel | None, Callable[[], Engine]]:
+    """The model of a model.flux folder (None for an engine's), and what makes its engine."""
+    from fluxc.engine.load import engine_of, exported
+    from fluxc.exporters import engine_dir
+    from fluxc.runtime.model import load_flux
+
+    if (path / engine_dir.NAME).is_file():
+        made = engine_dir.open_engine(path)
+        # Engines of a fixed batch come with it.
+        most: dict[str, Any] = {} if made.manifest.batch else {"max_batch": batch}
+        return None, lambda: exported(made, None, **most)
+    model = load_flux(path, device)
+    return model, lambda: engine_of(model, max_batch=batch)
 
 
 def _lengths(plan: Plan, options: FrameOptions, context: int) -> tuple[int, ...]:
@@ -103,17 +114,11 @@ def _check(model: FluxModel | None, engine: Engine) -> None:
         raise SelfCheckError("all-full prefill differs from dense", hint="no times are shown; this is a fault of fluxc")
 
 
-@torch.no_grad()
 def _last(engine: Engine, ids: Sequence[int], dense: bool, routes: Sequence[bool] | None = None) -> torch.Tensor:
     """Logits of the last row of a prefill by the engine's own program, all full unless `routes` says otherwise."""
-    layers = len(engine.plan.layers)
-    bias = forced_bias([True] * layers if routes is None else list(routes), layers, 1)
-    where = engine.programs.device
-    tokens, at = torch.tensor([list(ids)], device=where), torch.tensor([[len(ids) - 1]], device=where)
-    lens = torch.tensor([len(ids)], device=where)
-    *_, last = engine.programs.prefill(tokens, lens, bias.to(where), at, dense=dense)
-    assert isinstance(last, Prefilled)
-    return last.logits
+    full = [True] * len(engine.plan.layers)
+    bias = forced(full if routes is None else routes)
+    return whole_prefill(engine.programs, ids, len(ids), [len(ids) - 1], bias, dense=dense)[0]
 
 
 def _crossover(model: FluxModel, options: FrameOptions, progress: Progress) -> dict[str, Any]:
@@ -134,7 +139,7 @@ def _crossover(model: FluxModel, options: FrameOptions, progress: Progress) -> d
 
 def _prefill(model: FluxModel, length: int, options: FrameOptions, progress: Progress) -> dict[str, Any]:
     progress.note(f"prefill of {length} tokens")
-    asked = {"sparse_ratio": options.sparse_ratio, "budget": options.budget, "repeats": options.repeats}
+    asked: dict[str, Any] = {"sparse_ratio": options.sparse_ratio, "budget": options.budget, "repeats": options.repeats}
     return measure_prefill(model, length, guard=True, progress=progress, **asked).to_dict()
 
 
@@ -152,12 +157,12 @@ def _engine_prefill(engine: Engine, length: int, options: FrameOptions, progress
         return run
 
     taken = interleaved({"dense": timed(True), "forced": timed(False)}, options.repeats)
-    dense, forced = (Timing.of(taken[name]) for name in ("dense", "forced"))
+    dense, sparse = (Timing.of(taken[name]) for name in ("dense", "forced"))
     run = {
         "name": "forced",
         "sparse_ratio": 1 - sum(routes) / len(routes),
-        "seconds": dataclasses.asdict(forced),
-        "speedup": dense.median / forced.median,
+        "seconds": dataclasses.asdict(sparse),
+        "speedup": dense.median / sparse.median,
     }
     return {"length": length, "dense": dataclasses.asdict(dense), "routed": [run]}
 

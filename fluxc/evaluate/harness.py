@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from fluxc.calibrate.runner import forced
 from fluxc.errors import OptionError
 from fluxc.evaluate.subjects import EngineSubject, FluxSubject, open_subject
+from fluxc.plan import Plan
 
 DEFAULT_LENGTH = 2048
 """Tokens of a window where a model does not say its context; what the harness takes for its own models."""
@@ -34,13 +35,20 @@ GENERATION = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"
 
 
 @register_model("fluxc")
-class FluxLM(TemplateLM):
+class FluxLM(TemplateLM):  # type: ignore[misc]  # the harness comes without types
     """Scores and generates under the plan at `budget` (default: the plan's own), or with `routes` full or sparse.
 
     The routes of a request are decided on its context; those of a rolling window on its first half. Prompts below the
     crossover (measured on this machine, else 2 x (sink + window) tokens) run dense as they do when they are served;
     `guard=False` routes them too, as `fluxc eval` does. Raises OptionError for a model without a plan.
     """
+
+    subject: FluxSubject | EngineSubject
+    tokenizer: Any
+    _plan: Plan
+    _bias: Tensor
+    _guard: int
+    _max_length: int
 
     def __init__(
         self,

@@ -44,8 +44,7 @@ class LongAnswers:
     @property
     def decodes(self) -> tuple[str, ...]:
         """The settings that can be run, the plan's own first."""
-        own = self.subject.plan.decode if self.subject.plan else ""
-        found = [own]
+        found: list[str] = [self.subject.plan.decode] if self.subject.plan else []
         for other in DECODES:
             try:
                 self.subject.engine(other)

@@ -15,8 +15,10 @@ from fluxc.evaluate.evaluation import FORMAT
 SUFFIX = ".eval.json"
 SAMPLES = ".samples"
 _SAMPLE = ("loss", "exact", "routes", "key")
-_COLUMNS = ("suite", "task", "prompt", "length", "tokens", "system", "budget", "decode", "loss", "exact", "agree")
-_COLUMNS += ("fresh", "answer_tokens", "kv_bytes", "routes")
+_COLUMNS = (
+    *("suite", "task", "prompt", "length", "tokens", "system", "budget", "decode", "loss", "exact", "agree"),
+    *("fresh", "answer_tokens", "kv_bytes", "routes"),
+)
 
 
 def default_output(model: str | Path) -> Path:

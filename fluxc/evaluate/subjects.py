@@ -18,7 +18,7 @@ from fluxc.calibrate.options import CalibrateOptions
 from fluxc.calibrate.runner import Outcome, answer_loss, run_biases
 from fluxc.data import TokenizedPrompt
 from fluxc.engine.engine import Engine
-from fluxc.engine.programs import Prefilled
+from fluxc.engine.whole_prefill import whole_prefill
 from fluxc.errors import DataError, OptionError
 from fluxc.evaluate.suites import Sizes
 from fluxc.options import canonical_digest
@@ -26,6 +26,7 @@ from fluxc.plan import Plan
 from fluxc.progress import SILENT, Progress
 from fluxc.runtime import crossover
 from fluxc.runtime.model import FluxModel, load_flux
+from fluxc.runtime.tokenizer import read_tokenizer
 
 
 class Subject(Protocol):
@@ -36,9 +37,15 @@ class Subject(Protocol):
     layers: int
     digest: str
     device: str
-    plan: Plan | None
     sizes: Sizes
-    tokenizer: Any
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan, None where nothing is routed."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """A transformers tokenizer."""
 
     def outcomes(self, prompt: TokenizedPrompt, biases: Tensor) -> list[Outcome]:
         """The prompt under each routing; biases fp32 [L,N]."""
@@ -92,21 +99,25 @@ class EngineSubject:
     """An engine directory, through its own prefill and decode programs."""
 
     def __init__(self, path: str | Path) -> None:
-        from fluxc.engine.load import load
+        from fluxc.engine.load import exported
         from fluxc.exporters.engine_dir import open_engine
 
         made = open_engine(path)
-        self._engine = load(path, "cpu", max_batch=1)
-        self.name, self.device, self.plan = str(path), "cpu", made.plan
+        # Engines of a fixed batch come with it.
+        alone: dict[str, Any] = {} if made.manifest.batch else {"max_batch": 1}
+        self._engine = exported(made, None, **alone)
+        self._folder = made.path / "tokenizer"
+        self.name, self.plan = str(path), made.plan
+        self.device = str(self._engine.programs.device)
         self.layers = len(made.plan.layers)
         self.sizes = _plan_sizes(made.plan)
         files = {name: entry.sha256 for name, entry in made.manifest.files.items() if name != "plan.json"}
-        self.digest = canonical_digest([files, made.manifest.target, crossover.device_name("cpu")])
+        self.digest = canonical_digest([files, made.manifest.target, crossover.device_name(self.device)])
 
-    @property
+    @functools.cached_property
     def tokenizer(self) -> Any:
-        """The engine's tokenizer."""
-        return _needed(self._engine.tokenizer, self.name)
+        """The engine's tokenizer, as transformers reads it: prompts are built by where tokens stand in a text."""
+        return _needed(read_tokenizer(self._folder) if self._folder.is_dir() else None, self.name)
 
     def outcomes(self, prompt: TokenizedPrompt, biases: Tensor) -> list[Outcome]:
         """See Subject. An engine prefills one request at a time."""
@@ -116,13 +127,9 @@ class EngineSubject:
         logits, routes = self.prefill(prompt.input_ids, prompt.prompt_len, prompt.logits_at, bias)
         return _outcome(logits[None], prompt, routes)
 
-    @torch.no_grad()
     def prefill(self, ids: Sequence[int], prompt_len: int, rows: Sequence[int], bias: Tensor) -> tuple[Tensor, Tensor]:
         """See Subject."""
-        tokens, at = torch.tensor(list(ids))[None], torch.tensor(list(rows))[None]
-        *_, last = self._engine.programs.prefill(tokens, torch.tensor([prompt_len]), bias[:, None].float(), at)
-        assert isinstance(last, Prefilled)
-        return last.logits[0], last.routes
+        return whole_prefill(self._engine.programs, ids, prompt_len, rows, bias)
 
     def engine(self, decode: str) -> Engine:
         """See Subject."""
@@ -143,12 +150,17 @@ class DenseSubject:
 
         found = capture(model, progress=progress)
         program = found.program if device == "cpu" else Place(device).apply(found.program).program
-        self.name, self.device, self.plan, self.layers = str(model), device, None, 0
+        self.name, self.device, self.layers = str(model), device, 0
         context = int(found.meta["context"])
         self.sizes = Sizes(*CalibrateOptions().sizes(context), context)
         self.tokenizer = _needed(load_tokenizer(found) if found.tokenizer_files else None, self.name)
         self.digest = canonical_digest([weights_digest(found.program.state_dict), crossover.device_name(device)])
         self._module = runnable(program)
+
+    @property
+    def plan(self) -> Plan | None:
+        """None."""
+        return None
 
     def outcomes(self, prompt: TokenizedPrompt, biases: Tensor) -> list[Outcome]:
         """See Subject; `biases` say nothing here."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fluxc.report.axes import Frame, frame, ticks
-from fluxc.report.scene import Area, Dot, Figure, Line, Shape, Text, line
+from fluxc.report.scene import Anchor, Area, Dot, Figure, Line, Shape, Text, line
 from fluxc.report.series import LOOKS, Look, legend, legend_rows, look_of
 
 Entry = dict[str, Any]
@@ -110,7 +110,7 @@ class _Chart:
             shapes.append(
                 Area(((x - 5, edge + 9), (x + 5, edge + 9), (x, edge)), colour, 1.0, _title(entry, self._key))
             )
-            side = "end" if entry["sparse_ratio"] > 0.8 else "start"
+            side: Anchor = "end" if entry["sparse_ratio"] > 0.8 else "start"
             shift = -10 if side == "end" else 10
             shapes.append(Text(x + shift, edge + 9 + 15 * (at % 2), f"{entry[self._key][0]:.1f}", 12, colour, side))
         return shapes

@@ -39,25 +39,22 @@ def write_png(figure: Figure, path: Path, dark: bool = False) -> None:
 def _draw(axes: Any, shape: Shape, colours: dict[str, str], order: int) -> None:
     from matplotlib import patches
 
+    look: dict[str, Any] = {"zorder": order}
     match shape:
         case Rect():
-            place = (shape.x, shape.y), shape.width, shape.height
-            axes.add_patch(
-                patches.Rectangle(*place, color=colours[shape.fill], alpha=shape.opacity, lw=0, zorder=order)
-            )
+            look |= {"color": colours[shape.fill], "alpha": shape.opacity, "lw": 0}
+            axes.add_patch(patches.Rectangle((shape.x, shape.y), shape.width, shape.height, **look))
         case Area():
-            axes.add_patch(
-                patches.Polygon(shape.points, color=colours[shape.fill], alpha=shape.opacity, lw=0, zorder=order)
-            )
+            look |= {"color": colours[shape.fill], "alpha": shape.opacity, "lw": 0}
+            axes.add_patch(patches.Polygon(shape.points, **look))
         case Dot():
-            look = {"fc": colours[shape.fill], "ec": colours["card"], "lw": 1.5 * POINT, "zorder": order}
+            look |= {"fc": colours[shape.fill], "ec": colours["card"], "lw": 1.5 * POINT}
             axes.add_patch(patches.Circle((shape.x, shape.y), shape.radius, **look))
         case Line():
+            look |= {"color": colours[shape.stroke], "lw": shape.width * POINT, "alpha": shape.opacity}
             dashes = {"dashes": [part / shape.width for part in shape.dash]} if shape.dash else {}
-            look = {"color": colours[shape.stroke], "lw": shape.width * POINT, "alpha": shape.opacity, "zorder": order}
             axes.plot(*zip(*shape.points, strict=True), **look, **dashes)
         case Text():
-            look = {"color": colours[shape.fill], "fontsize": shape.size * POINT, "zorder": order}
-            weight = "bold" if shape.bold else "normal"
-            place = {"ha": ANCHORS[shape.anchor], "va": "baseline", "rotation": shape.turn, "weight": weight}
-            axes.text(shape.x, shape.y, shape.text, **look, **place)
+            look |= {"color": colours[shape.fill], "fontsize": shape.size * POINT, "rotation": shape.turn}
+            look |= {"ha": ANCHORS[shape.anchor], "va": "baseline", "weight": "bold" if shape.bold else "normal"}
+            axes.text(shape.x, shape.y, shape.text, **look)
