@@ -45,10 +45,10 @@ _PARTIAL = "give --allow-partial to keep it, --plan split for engines without co
 def check(routed: ExportedProgram, **options: Any) -> None:
     """What can be known to fail before long work.
 
-    Raises OptionError for options out of range; TargetError for a dtype or an attention that has no form here, naming
-    the layer; UnsupportedAttentionError for layers that one cache cannot hold.
+    Raises OptionError for options out of range; TargetError for a dtype, experts or an attention that has no form here,
+    naming it; UnsupportedAttentionError for layers that one cache cannot hold.
     """
-    TrtOptions(**options)
+    settings = TrtOptions(**options)
     kernels.register()
     geometry = kv_geometry(attention_nodes(routed.graph))
     if geometry.dtype != torch.float32:
@@ -56,6 +56,17 @@ def check(routed: ExportedProgram, **options: Any) -> None:
         raise TargetError(
             f"the model is {name}, and TensorRT engines are built from float32",
             hint="transform it with --dtype float32",
+        )
+    for node in calls(routed, torch.ops.fluxc.grouped_mm):
+        raise TargetError(
+            f"the model has a mixture of experts ({node.name}), in a form that TensorRT does not build",
+            hint="use --target onnx for this model",
+        )
+    for node in calls(routed, torch.ops.fluxc.attention) if settings.attention == "fused" else ():
+        raise TargetError(
+            f"layer {argument(node, 'layer')} has a window of its own, which TensorRT-RTX does not build beside its "
+            "fused attention",
+            hint="leave --attention out",
         )
     for node in calls(routed, torch.ops.fluxc.routed_attention):
         if argument(node, "kind") == "block":

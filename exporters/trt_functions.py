@@ -10,7 +10,7 @@ from fluxc.errors import UserError
 from fluxc.exporters.onnx_attention import Rows, Triangle
 from fluxc.exporters.onnx_functions import Functions
 from fluxc.exporters.trt_attention import routed_function, rows_function
-from fluxc.exporters.trt_ops import grouped_mm_function, router_pool_function
+from fluxc.exporters.trt_ops import router_pool_function
 
 Branch = Literal["both", "full", "sparse"]
 
@@ -80,13 +80,10 @@ class TrtFunctions(Functions):
         name = f"router_pool_{pool}"
         return self._call(name, router_pool_function(name, pool), [q, prompt_lens])
 
-    def _grouped_mm(self, x: Any, weight: Any, ends: Any) -> Any:
-        return self._call("grouped_mm", grouped_mm_function(), [x, weight, ends])
 
-
-def fused(rows: Rows) -> bool:
+def fused(rows: Rows | None) -> bool:
     """Whether TensorRT's own attention computes these rows: all keys up to their own, and nothing else."""
-    return not (rows.window or rows.softcap or rows.sinks)
+    return rows is not None and not (rows.window or rows.softcap or rows.sinks)
 
 
 def _never() -> Any:

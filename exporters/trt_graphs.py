@@ -47,13 +47,13 @@ def write_models(routed: ExportedProgram, root: Path, options: TrtOptions) -> di
 
 
 def _fuse(source: Path, target: Path, functions: TrtFunctions) -> None:
-    """Write `source` again with TensorRT's own attention in place of the loops over full rows."""
+    """Write `source` again with TensorRT's own attention in place of the loops over full rows, if it has any."""
     model = onnx.load(source, load_external_data=False)
-    for function in model.functions:
-        rows = functions.rows.get(function.name)
-        if rows is not None and fused(rows):
-            function.CopyFrom(onnx.parser.parse_function(fused_function(rows)))
-    onnx.save(model, target)
+    replaced = [function for function in model.functions if fused(functions.rows.get(function.name))]
+    for function in replaced:
+        function.CopyFrom(onnx.parser.parse_function(fused_function(functions.rows[function.name])))
+    if replaced:
+        onnx.save(model, target)
 
 
 def prefill_model(program: ExportedProgram, functions: TrtFunctions) -> ir.Model:

@@ -113,6 +113,8 @@ def test_options_out_of_range():
     for wrong in ({"plan": "both"}, {"attention": "none"}, {"time_limit": 0}, {"batch": 0}, {"max_length": -1}):
         with pytest.raises(OptionError):
             TrtOptions(**wrong)
+    with pytest.raises(OptionError, match="does not build its fused attention inside a conditional"):
+        TrtOptions(attention="fused")
     with pytest.raises(OptionError, match="max_length 9 is above the model's context of 8 tokens"):
         TrtOptions(max_length=9, context=8)
     assert [TrtOptions(max_length=a, context=b).length for a, b in ((0, 0), (0, 8), (4, 8))] == [DEFAULT_LENGTH, 8, 4]

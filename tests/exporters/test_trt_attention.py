@@ -132,21 +132,6 @@ def test_router_pool():
             torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_grouped_mm():
-    kernels.register()
-    alone = run_function(
-        trt_ops.grouped_mm_function(),
-        "grouped_mm (x, weight, ends)",
-        "float[T,6] x, float[3,6,7] weight, int32[3] ends",
-        "float[T,7] out",
-    )
-    for ends in ([4, 4, 9], [0, 9, 9], [9, 9, 9]):
-        x, weight, at = torch.randn(9, 6), torch.randn(3, 6, 7), torch.tensor(ends, dtype=torch.int32)
-        (found,) = alone.run(None, {"x": x.numpy(), "weight": weight.numpy(), "ends": at.numpy()})
-        expected = torch.ops.fluxc.grouped_mm(x, weight, at)
-        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
-
-
 def test_the_names_are_those_of_the_other_target():
     """Equal settings share a function, other settings have another, on both targets."""
     kind = Triangle(Rows(SCALE, SINK, WINDOW), 3, False)
