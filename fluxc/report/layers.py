@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fluxc.data import TASKS
+from fluxc.data import FAR, LOCAL, REASONING, RETRIEVAL, TEXT
 from fluxc.report.scene import WIDTH, Figure, Rect, Shape, Text
 
 Row = dict[str, Any]
 LEFT = 104
 RIGHT = WIDTH - 10
-ORDER = {task: at for at, task in enumerate(TASKS)}
+ORDER = {task: at for at, task in enumerate((*RETRIEVAL, *FAR, *TEXT, *LOCAL, *REASONING))}
 
 
 def task_map(rows: Sequence[Row], layers: Sequence[int], caption: str) -> Figure:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from fluxc.cli.tables import size
 from fluxc.report.figures import accuracy_figures, cost_figures, route_figures
 from fluxc.report.findings import Tile, entries_of, in_words, shown_budget, tiles
 from fluxc.report.material import Material
@@ -59,7 +61,33 @@ def _accuracy(material: Material) -> str:
     )
     details = "".join(_table(evaluation, suite) for suite in evaluation["suites"])
     rest = f"<details><summary>All numbers</summary>{details}</details>" if details else ""
-    return _section("Accuracy against Ω", said, _grid(accuracy_figures(material)) + rest)
+    body = _other_plan(evaluation, material.plan.digest()) + _grid(accuracy_figures(material))
+    return _section("Accuracy against Ω", said, body + rest + _long(evaluation))
+
+
+def _other_plan(evaluation: dict[str, Any], digest: str) -> str:
+    """A warning where the numbers belong to another plan than the one the page is about."""
+    known = evaluation["conditions"].get("plan", digest)
+    said = f"Evaluated under the plan {known[:12]}, not this folder's {digest[:12]}: another budget or calibration."
+    return "" if known == digest else f'<p class="sub warn">{escape(said)}</p>'
+
+
+def _long(evaluation: dict[str, Any]) -> str:
+    """Long answers by system and decode setting."""
+    rows = [row for row in evaluation["rows"] if "agree" in row]
+    if not rows:
+        return ""
+    head = ("long answers", "decode", "agrees with dense", "perplexity under dense", "fresh 4-grams", "KV")
+    body = []
+    for system, decode in dict.fromkeys((row["system"], row["decode"]) for row in rows):
+        found = [row for row in rows if (row["system"], row["decode"]) == (system, decode)]
+        means = [sum(row[key] for row in found) / len(found) for key in ("agree", "loss", "fresh", "kv_bytes")]
+        agree, loss, fresh, held = means
+        cells = (system, decode, f"{agree:.2f}", f"{math.exp(loss):.2f}", f"{fresh:.2f}", size(int(held)))
+        body.append(_cells(cells, system.startswith("fluxc")))
+    columns = "".join(f"<th>{escape(name)}</th>" for name in head)
+    table = f"<table><thead><tr>{columns}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f'<div class="card hint"><div class="scroll">{table}</div></div>'
 
 
 def _routes(material: Material) -> str:
@@ -138,7 +166,11 @@ def _row(entry: dict[str, Any], asked: bool) -> str:
     if asked:
         cells += [_interval(entry["exact"], ".2f"), _interval(entry["exact_less_dense"], "+.2f")]
     cells += [_interval(entry["perplexity_over_dense"], ".3f"), str(entry["prompts"])]
-    mark = ' class="ours"' if entry["system"].startswith("fluxc") else ""
+    return _cells(cells, entry["system"].startswith("fluxc"))
+
+
+def _cells(cells: Sequence[str], ours: bool) -> str:
+    mark = ' class="ours"' if ours else ""
     return f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
 
 

@@ -72,18 +72,18 @@ h1{font-size:clamp(30px,5vw,46px);line-height:1.08;letter-spacing:-.025em;margin
 .lead{font-size:clamp(17px,2vw,20px);line-height:1.5;max-width:44em;margin:0;color:var(--ink)}
 h2{font-size:23px;letter-spacing:-.015em;margin:52px 0 4px;font-weight:700}
 .sub{color:var(--mute);max-width:48em;margin:0 0 18px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(158px,1fr));gap:12px;margin:30px 0 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(158px,1fr));gap:12px;margin:30px 0 0}
 .tile{background:var(--card);border:1px solid var(--grid);border-radius:14px;padding:15px 16px 14px}
 .tile b{display:block;font-size:30px;line-height:1.1;letter-spacing:-.03em;font-weight:700}
 .tile span{display:block;color:var(--mute);font-size:13.5px;line-height:1.35;margin-top:6px}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:16px;align-items:start}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,460px),1fr));gap:16px;align-items:start}
 figure{margin:0;background:var(--card);border:1px solid var(--grid);border-radius:16px;
   padding:18px 18px 14px;min-width:0}
 figure h3{margin:0 0 2px;font-size:16.5px;letter-spacing:-.01em;font-weight:660}
 figure svg{display:block;width:100%;height:auto;margin:6px 0 0;overflow:visible}
 figcaption{color:var(--mute);font-size:13.5px;line-height:1.45;margin-top:6px}
 .card{background:var(--card);border:1px solid var(--grid);border-radius:16px;padding:18px 20px;min-width:0}
-.hint{margin-top:16px}.tall{grid-row:span 2}
+.hint{margin-top:16px}.warn{color:var(--static)}.tall{grid-row:span 2}
 .card p{margin:0 0 10px}.card p:last-child{margin:0}
 .scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}
 table{border-collapse:collapse;width:100%;font-size:14px;white-space:nowrap}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 import json
 import re
@@ -81,6 +82,22 @@ def test_without_results_it_says_how_to_get_them(toy: Path, tmp_path: Path, monk
     said = page(gather(alone))
     assert "fluxc eval alone.flux" in said and "fluxc bench alone.flux" in said
     assert "KV cache" in said
+
+
+def test_another_plan_is_named(material: Material) -> None:
+    assert material.evaluation is not None
+    other = {**material.evaluation, "conditions": {**material.evaluation["conditions"], "plan": "f" * 64}}
+    assert "Evaluated under the plan ffffffffffff" in page(dataclasses.replace(material, evaluation=other))
+    assert "Evaluated under" not in page(material)
+
+
+def test_long_answers_have_a_table(material: Material) -> None:
+    assert material.evaluation is not None
+    row = {"suite": "long-answer", "task": "prose", "prompt": 0, "system": "fluxc 0.4", "budget": 0.4, "routes": "10"}
+    row |= {"decode": "sparse", "agree": 0.25, "loss": 0.0, "fresh": 0.5, "kv_bytes": 3000, "tokens": 99}
+    rows = [*material.evaluation["rows"], row]
+    said = page(dataclasses.replace(material, evaluation={**material.evaluation, "rows": rows}))
+    assert "<td>0.25</td><td>1.00</td><td>0.50</td><td>3.0 kB</td>" in said
 
 
 def browse(document: Path, scheme: str, *flags: str) -> str:
