@@ -91,7 +91,7 @@ def export(
 
 def _split(maker: Any, target: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of the target's own, and sizes that it does not build into its files."""
-    known = getattr(maker, "OPTIONS", frozenset())
+    known: frozenset[str] = getattr(maker, "OPTIONS", frozenset())
     sizes = {name: value for name, value in options.items() if name in ("max_length", "batch") and name not in known}
     unknown = set(options) - (known - {"context"}) - set(sizes)
     if unknown:
@@ -102,7 +102,7 @@ def _split(maker: Any, target: str, options: Mapping[str, Any]) -> tuple[dict[st
 
 def _filled(maker: Any, flux: FluxDir, made: Prepared) -> dict[str, Any]:
     """Options that a target has and nobody types: what it may need to know of the model, and the folded layers."""
-    known = getattr(maker, "OPTIONS", frozenset())
+    known: frozenset[str] = getattr(maker, "OPTIONS", frozenset())
     values = {"context": flux.plan.model.context, "pins": made.pins, "calibrated": flux.plan}
     values["eos_ids"] = [int(token) for token in flux.meta.get("eos_ids", [])]
     return {name: value for name, value in values.items() if name in known}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 pytest.importorskip("onnx", reason="onnx is not installed")
@@ -13,7 +15,7 @@ import torch
 
 import fluxc
 from fluxc.artifact import update_plan
-from fluxc.errors import DataError, OptionError, PlanError, TargetError, UserError
+from fluxc.errors import DataError, OptionError, PlanError, StorageError, TargetError, UserError
 from fluxc.exporters import onnx
 from fluxc.exporters.engine_dir import open_engine
 from fluxc.ir.sparse import SparseSettings
@@ -117,3 +119,34 @@ def test_families(family, tmp_path):
     verified = fluxc.export(flux.path, target="onnx", output=tmp_path / "engine").report["verified"]
     assert verified["lengths"] == [1, 4, 17]
     assert max(verified["prefill"], verified["decode"]) < 1e-5
+
+
+def test_a_disk_that_fills_up(tmp_path, monkeypatch):
+    """The write of the weights fails half way: exit code 2's error, and nothing is left."""
+    from fluxc.exporters import onnx_weights
+
+    flux, written = toy_flux(tmp_path / "m.flux"), []
+
+    def full(self, content):
+        written.append(self._file.write(content[:10]))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(onnx_weights._Writer, "_append", full)
+    with pytest.raises(StorageError, match="No space left on device"):
+        fluxc.export(flux.path, target="onnx", output=tmp_path / "e")
+    assert written == [10]
+    assert [path.name for path in tmp_path.iterdir()] == ["m.flux"]
+
+
+@pytest.mark.slow
+def test_a_model_past_2_gb(tmp_path):
+    """No file but the weights is large, and the engine answers."""
+    captured = fluxc.capture(TINY_FAMILIES["llama"](vocab_size=300_000, hidden_size=1024, tie_word_embeddings=False))
+    flux = flux_of(tmp_path / "m.flux", captured.program, {**captured.meta, "context": 128})
+    del captured
+    path = fluxc.export(flux.path, target="onnx", output=tmp_path / "engine").path
+    sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
+    assert sizes.pop("weights.bin") > 2**31
+    assert max(sizes.values()) < 2**20
+    with fluxc.load(path) as engine:
+        assert len(engine.generate([3, 4, 5], max_new_tokens=2, eos_token_id=[]).tokens) == 2
