@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fluxc.errors import OptionError
 from fluxc.exporters.cuda_driver import CudaDriver
 from fluxc.exporters.engine_dir import EngineDir
@@ -23,10 +25,11 @@ class TrtPrograms(OnnxPrograms):
         open_library(built["library"], built["version"])
         files = {phase: program["file"] for phase, program in engine.manifest.programs.items()}
         given = (engine.path, files, driver or CudaDriver(number), built["library"], built["version"])
-        self.sessions = TrtSessions(*given)
+        sessions: Any = TrtSessions(*given)
         if "prefill" not in files:
             full, sparse = (TrtSessions(*given, f"prefill_{branch}") for branch in ("full", "sparse"))
-            self.sessions = SplitSessions(full, sparse)
+            sessions = SplitSessions(full, sparse)
+        self.sessions = sessions
 
 
 def _number(engine: EngineDir, device: str | None) -> int:
