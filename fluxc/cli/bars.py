@@ -41,7 +41,9 @@ class Bars:
             self._live.advance(self._task, steps)
         elif time.monotonic() - self._said > EVERY:
             self._said = time.monotonic()
-            self._line(f"{self._name}: {self._done} of {self._total or 'unknown'} ({self._said - self._begun:.0f} s)")
+            spent = self._said - self._begun
+            rest = f", about {spent / self._done * (self._total - self._done):.0f} s left" if self._total else ""
+            self._line(f"{self._name}: {self._done} of {self._total or 'unknown'} ({spent:.0f} s{rest})")
 
     def note(self, text: str) -> None:
         """See Progress.note."""

@@ -48,7 +48,11 @@ RATIO = click.FloatRange(0, 1)
 @click.option("--data", type=click.Path(path_type=Path), metavar="FILE", help="Your prompts, as JSONL.")
 @click.option("--corpus", type=click.Path(path_type=Path), metavar="DIR", help="Your texts for haystacks and prose.")
 @click.option("--together", type=click.IntRange(1), help="Routings of one prompt run as one batch.")
-@click.option("--part", metavar="I/N", help="Begin with part I of N: start N processes, they share the work.")
+@click.option(
+    "--part",
+    metavar="I/N",
+    help="One of N processes that share the work; their samples stay.",
+)
 @click.option("--csv", "table", type=click.Path(path_type=Path), metavar="FILE", help="Also write the rows as CSV.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: NAME.eval.json beside the model]")
 @device_option
@@ -102,7 +106,8 @@ def _run(screen: Screen, made: Evaluation, target: Path, table: Path | None, sto
     results.write(target, result)
     if table:
         table.write_text(results.as_csv(result["rows"]), encoding="utf-8")
-    if store.folder:
+    # Another process may still read the samples they share.
+    if store.folder and made.options.part == (1, 1):
         shutil.rmtree(store.folder, ignore_errors=True)
     screen.show(*suite_tables(result), f"rows and intervals: {target}; `fluxc report` draws them")
     screen.result({"output": str(target), **{name: result[name] for name in ("conditions", "suites", "summary")}})

@@ -63,7 +63,8 @@ def _evaluated(material: Material) -> list[Tile]:
         at = "" if ours["sparse_ratio"] is None else f", Ω {ours['sparse_ratio']:.2f}"
         if ours["exact"] and dense["exact"][0] > 0:
             kept = ours["exact"][0] / dense["exact"][0]
-            said = f"of dense's exact answers on {suite} ({ours['exact'][0]:.2f} of {dense['exact'][0]:.2f}){at}"
+            of_dense = f"{ours['exact'][0]:.2f} of {dense['exact'][0]:.2f}, {ours['prompts']} prompts"
+            said = f"of dense's exact answers on {suite} ({of_dense}){at}"
             found.append(Tile(f"{kept:.0%}", said))
         if suite in ("text", "mixed"):
             ratio = ours["perplexity_over_dense"]

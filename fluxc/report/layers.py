@@ -9,7 +9,7 @@ from fluxc.data import FAR, LOCAL, REASONING, RETRIEVAL, TEXT
 from fluxc.report.scene import WIDTH, Figure, Rect, Shape, Text
 
 Row = dict[str, Any]
-LEFT = 104
+LEFT = 118
 RIGHT = WIDTH - 10
 ORDER = {task: at for at, task in enumerate((*RETRIEVAL, *FAR, *TEXT, *LOCAL, *REASONING))}
 

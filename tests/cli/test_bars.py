@@ -27,4 +27,5 @@ def test_a_long_stage_says_where_it_is(monkeypatch: pytest.MonkeyPatch, capsys: 
         shown.advance()
     shown.stop()
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["measuring: 2 of 9 (61 s)", "measuring: 4 of 9 (130 s)", "measuring (140.0 s)"]
+    said = ["measuring: 2 of 9 (61 s, about 214 s left)", "measuring: 4 of 9 (130 s, about 162 s left)"]
+    assert lines == [*said, "measuring (140.0 s)"]

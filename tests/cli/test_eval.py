@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,17 @@ def test_interrupted_and_resumed(
     assert "already exists" in capsys.readouterr().err
     assert main(["eval", flux, *SMALL, "-q", "-o", str(out), "--force"]) == 0
     assert len(calls) == done, "a result that is replaced hands over its samples"
+
+
+@pytest.mark.slow
+def test_two_processes_at_the_same_time(flux: str, tmp_path: Path) -> None:
+    """Both end with the numbers of one process alone."""
+    whole, shared = tmp_path / "whole.json", tmp_path / "shared.json"
+    assert main(["eval", flux, *SMALL, "-q", "-o", str(whole)]) == 0
+    command = [sys.executable, "-P", "-m", "fluxc", "eval", flux, *SMALL, "-q", "-o", str(shared)]
+    running = [subprocess.Popen([*command, "--force", "--part", part]) for part in ("1/2", "2/2")]
+    assert [process.wait(timeout=300) for process in running] == [0, 0]
+    assert json.loads(shared.read_text())["rows"] == json.loads(whole.read_text())["rows"]
 
 
 def test_prompts_of_the_user(flux: str, tmp_path: Path) -> None:
