@@ -25,7 +25,7 @@ from fluxc.cli.tables import size
     """,
 )
 @click.argument("model", metavar="[MODEL.flux]", required=False, type=click.Path(path_type=Path))
-@click.option("--target", required=True, metavar="onnx|aoti|trt", help="What the engine runs on.")
+@click.option("--target", required=True, metavar="onnx|aoti|trt|torch-trt", help="What the engine runs on.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.  [default: engine-<target>]")
 @click.option(
     "--verify/--no-verify", default=True, help="Compare with the routed program before keeping it.  [default: verify]"
