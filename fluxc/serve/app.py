@@ -88,7 +88,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
         """Whether requests are taken."""
         state, status = service.engine.status, "draining" if service.gate.draining else "ok"
-        found = {"status": status, "running": state.running, "waiting": state.waiting}
+        found = {"status": status, "running": state.running, "waiting": state.waiting, "server": service.id}
         return JSONResponse(found, 200 if status == "ok" else 503)
 
     @app.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})

@@ -75,7 +75,7 @@ def _asks(
 
 
 def _options(request: CompletionRequest | ChatRequest, tokens: int, logprobs: int | None) -> dict[str, Any]:
-    given = {
+    given: dict[str, Any] = {
         "budget": request.budget,
         "min_p": request.min_p,
         "repetition_penalty": request.repetition_penalty,

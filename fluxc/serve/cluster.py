@@ -15,7 +15,6 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.config import RequestRouterConfig
 
 from fluxc.errors import ArchiveError, OptionError
 from fluxc.options import canonical_digest
@@ -29,12 +28,15 @@ SPARE = 16
 
 
 class Replica:
-    """One engine and its app; a deployment of Ray Serve. `settings`: ServeOptions as a plain dict."""
+    """One engine and its app; a deployment of Ray Serve.
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    `settings`: ServeOptions as a plain dict. `version`: of the engine, so that Ray tells a new one from the old.
+    """
+
+    def __init__(self, settings: dict[str, Any], version: str = "") -> None:
         import fluxc
 
-        self.settings = ServeOptions.from_dict(settings)
+        self.version, self.settings = version, ServeOptions.from_dict(settings)
         self.engine = fluxc.load(self.settings.engine, **self.settings.engine_options())
         self.engine.warm_up()
 
@@ -67,9 +69,8 @@ def build(settings: ServeOptions | dict[str, Any]) -> Any:
     """
     chosen = settings if isinstance(settings, ServeOptions) else ServeOptions.from_dict(settings)
     chosen = dataclasses.replace(chosen, engine=str(Path(chosen.engine).resolve()), name=chosen.model)
-    version = _version(chosen)
-    made = serve.deployment(name="replica", version=version, **_how(chosen))(serve.ingress()(Replica))
-    return made.bind(chosen.to_dict())
+    made = serve.deployment(name="replica", **_how(chosen))(serve.ingress()(Replica))
+    return made.bind(chosen.to_dict(), _version(chosen))
 
 
 def deploy(settings: ServeOptions) -> Deployed:
@@ -113,7 +114,7 @@ def _how(settings: ServeOptions) -> dict[str, Any]:
         "max_ongoing_requests": settings.capacity + SPARE,
         "graceful_shutdown_timeout_s": settings.drain_seconds,
         "ray_actor_options": {"num_cpus": own.cpus, "num_gpus": own.gpus},
-        "request_router_config": RequestRouterConfig(request_router_class=ROUTER),
+        "request_router_config": {"request_router_class": ROUTER},
     }
 
 

@@ -148,11 +148,12 @@ class Models(BaseModel):
 
 
 class Health(BaseModel):
-    """`ok`, or `draining` with status 503."""
+    """`ok`, or `draining` with status 503. `server` tells replicas behind one address apart."""
 
     status: Literal["ok", "draining"]
     running: int
     waiting: int
+    server: str
 
 
 _STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}

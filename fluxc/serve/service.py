@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
+import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -28,6 +29,8 @@ class Service:
 
     def __init__(self, engine: Engine, settings: ServeOptions) -> None:
         self.engine, self.settings = engine, settings
+        # Tells replicas behind one address apart.
+        self.id = uuid.uuid4().hex[:12]
         self.gate = Gate(settings.capacity, settings.max_batch)
         self.metrics = Metrics(engine)
         self.sessions = Sessions(engine, settings.conversations)

@@ -114,7 +114,8 @@ def test_models_health_and_metrics(client):
     assert [model["id"] for model in app.get("/v1/models").json()["data"]] == ["mine"]
     assert app.get("/v1/models/mine").json()["object"] == "model"
     assert app.get("/v1/models/other").status_code == 404
-    assert app.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0}
+    state = {"status": "ok", "running": 0, "waiting": 0, "server": app.app.state.service.id}
+    assert app.get("/health").json() == state
     complete(app, model="mine", max_tokens=7, ignore_eos=True)
     text = app.get("/metrics").text
     for line in (
