@@ -62,8 +62,7 @@ class FluxLM(TemplateLM):  # type: ignore[misc]  # the harness comes without typ
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        found = open_subject(path, name)
+        found = open_subject(path, _device(device))
         if not isinstance(found, (FluxSubject, EngineSubject)) or found.plan is None:
             raise OptionError(f"{path} is no model.flux and no engine", hint="the model `hf` of the harness runs it")
         if routes not in (None, "full", "sparse"):
@@ -176,6 +175,13 @@ class FluxLM(TemplateLM):  # type: ignore[misc]  # the harness comes without typ
         stops = tuple(text for text in until if text and text != end)
         answer = engine.generate(ids, routes=full.tolist(), max_new_tokens=count, stop_strings=stops, **asked)
         return str(postprocess_generated_text(answer.text, until, None))
+
+
+def _device(asked: str | None) -> str:
+    """The device asked for. The harness's command asks for a GPU whether or not there is one."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return asked or "cuda"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -55,11 +55,12 @@ def reference(screen: Screen, model: str, table: Path, count: int, source: bool,
     tokenizer, score = _by_transformers(model, progress) if source else _by_fluxc(model, progress)
     prompts = needles(tokenizer, count)
     progress.start("single needles, dense", len(prompts))
-    found = []
+    found: list[Row] = []
     for prompt in prompts:
         found.append(score(prompt))
+        check(found, expected)
+        progress.note(_words(found[-1]))
         progress.advance()
-    check(found, expected)
     screen.show(*(_line(cell) for cell in cells(found)), f"as in {table}")
     screen.result({"model": model, "rows": found, "cells": cells(found)})
 

@@ -118,6 +118,13 @@ def test_the_command_knows_the_model() -> None:
     assert get_model("fluxc") is FluxLM
 
 
+def test_a_gpu_that_is_not_there_is_the_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert FluxLM(path=str(folder / "tiny.flux"), device="cuda:0").device == torch.device("cpu")
+
+
 def test_a_model_without_a_plan_is_refused(folder: Path) -> None:
     with pytest.raises(OptionError, match=r"is no model\.flux and no engine"):
         FluxLM(path=str(folder / "tiny"), device="cpu")
