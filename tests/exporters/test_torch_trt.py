@@ -58,6 +58,7 @@ def test_a_model_that_is_not_on_a_gpu(flux, compiled):
         torch_trt.check(flux.load("routed"))
 
 
+@pytest.mark.slow
 def test_the_pieces_compute_the_routed_program_and_attentions_are_not_lowered(flux, compiled, tmp_path):
     routed = flux.load("routed")
     programs = torch_trt.build(routed, tmp_path)

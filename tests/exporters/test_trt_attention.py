@@ -11,7 +11,7 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 from fluxc import kernels  # noqa: E402
-from fluxc.exporters import onnx_attention, trt_attention, trt_ops  # noqa: E402
+from fluxc.exporters import trt_attention, trt_ops  # noqa: E402
 from fluxc.exporters.onnx_attention import DOMAIN, OPSET, Rows, Triangle  # noqa: E402
 from fluxc.exporters.trt_attention import CHUNK  # noqa: E402
 
@@ -130,10 +130,3 @@ def test_router_pool():
             (found,) = alone.run(None, {"q": q.numpy(), "prompt_lens": lens.numpy()})
             expected = torch.ops.fluxc.router_pool(q, lens, pool=pool)
             torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_the_names_are_those_of_the_other_target():
-    """Equal settings share a function, other settings have another, on both targets."""
-    kind = Triangle(Rows(SCALE, SINK, WINDOW), 3, False)
-    for bodies in (onnx_attention, trt_attention):
-        assert f"\nrouted_{kind.name} (q, k, v, route, prompt_lens)" in bodies.routed_function(Rows(SCALE), kind)
