@@ -36,7 +36,7 @@ def samples_folder(output: Path) -> Path:
 def write(output: Path, result: dict[str, Any]) -> None:
     """Replace `output`; raises StorageError."""
     with atomic_file(output, force=True) as temporary:
-        temporary.write_text(json.dumps(result, indent=None, separators=(",", ":")) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(result, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def read(path: Path) -> dict[str, Any]:

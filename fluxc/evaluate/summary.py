@@ -79,8 +79,10 @@ def sparse_ratio(row: Row) -> float:
 
 
 def input_dependent(rows: Sequence[Row]) -> float:
-    """Share of layers that are full on more than 5 % and less than 95 % of the prompts."""
+    """Share of layers that are full on more than 5 % and less than 95 % of the prompts; 0 where nothing is routed."""
     layers = len(rows[0]["routes"])
+    if not layers:
+        return 0.0
     shares = [_mean([float(row["routes"][layer] == "1") for row in rows]) for layer in range(layers)]
     return _mean([float(0.05 < share < 0.95) for share in shares])
 

@@ -160,7 +160,7 @@ class Counted(FluxSubject):
 def test_a_model_without_routes_runs_dense_alone(source: DenseSubject) -> None:
     found = run(source, suites=("text",), lengths=(), count=1)
     assert {row["system"] for row in found["rows"]} == {"dense"}
-    assert found["summary"][0]["sparse_ratio"] == 0.0
+    assert found["summary"][0]["sparse_ratio"] == found["summary"][0]["input_dependent"] == 0.0
     with pytest.raises(OptionError, match="decodes under a plan"):
         run(source, suites=("long-answer",))
 
