@@ -11,6 +11,7 @@ from fluxc.cli.budgets import budget_options
 from fluxc.cli.command import command
 from fluxc.cli.devices import chosen_device, device_option
 from fluxc.cli.run_report import answer_lines, json_result, times
+from fluxc.cli.run_subject import EngineSubject, is_engine, open_engine
 from fluxc.cli.screen import Screen
 from fluxc.errors import DataError, OptionError
 
@@ -66,7 +67,8 @@ def run(
 ) -> None:
     """Answer a prompt with MODEL.flux; show its routes, scores, Ω, KV memory and times, and its prefill against dense.
 
-    The answer is greedy unless a temperature or --top-p is given.
+    An engine directory that `fluxc export` wrote answers as well, without the times of a dense prefill. The answer is
+    greedy unless a temperature or --top-p is given.
     """
     text = _prompt(prompt, prompt_file)
     sampling = _sampling(temperature, top_p, seed)
@@ -76,7 +78,9 @@ def run(
     with _engine(screen, model) as engine:
         options = {"max_new_tokens": max_new_tokens, "budget": budget, "routes": forced, **sampling}
         answer = _answer(screen, engine, ids, **options)
-    report = _time(screen, model, ids, repeats=repeats, budget=budget, routes=forced) if timing else None
+    report = None
+    if timing and not isinstance(model, EngineSubject):
+        report = _time(screen, model, ids, repeats=repeats, budget=budget, routes=forced)
     screen.show(*answer_lines(model, answer, budget, routes))
     if report:
         screen.show(times(report))
@@ -107,14 +111,18 @@ def _prompt(prompt: str | None, prompt_file: str | None) -> str:
         raise DataError(f"the prompt file {prompt_file} is not UTF-8 text", hint="save it as UTF-8") from cause
 
 
-def _load(screen: Screen, flux: Path, device: str | None) -> FluxModel:
+def _load(screen: Screen, flux: Path, device: str | None) -> FluxModel | EngineSubject:
+    screen.progress().start("checking and loading the model")
+    if is_engine(flux):
+        return open_engine(flux, device)
     from fluxc.runtime.model import load_flux
 
-    screen.progress().start("checking and loading the model")
     return load_flux(flux, chosen_device(device))
 
 
-def _engine(screen: Screen, model: FluxModel) -> Engine:
+def _engine(screen: Screen, model: FluxModel | EngineSubject) -> Engine:
+    if isinstance(model, EngineSubject):
+        return model.engine
     from fluxc.engine.load import engine_of
 
     screen.progress().start("preparing prefill and decode")
@@ -123,7 +131,7 @@ def _engine(screen: Screen, model: FluxModel) -> Engine:
     return engine
 
 
-def _token_ids(model: FluxModel, text: str, raw: bool) -> list[int]:
+def _token_ids(model: FluxModel | EngineSubject, text: str, raw: bool) -> list[int]:
     from fluxc.data.tokenizing import has_chat_template
     from fluxc.engine.text import prompt_ids
 

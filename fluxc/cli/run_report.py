@@ -10,6 +10,7 @@ from fluxc.cli.tables import size, table
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from fluxc.cli.run_subject import EngineSubject
     from fluxc.engine.result import Generation
     from fluxc.runtime.measure import PrefillReport
     from fluxc.runtime.model import FluxModel
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 SCORES_A_LINE = 10
 
 
-def answer_lines(model: FluxModel, answer: Generation, budget: float | None, forced: str | None) -> list[str]:
+def answer_lines(
+    model: FluxModel | EngineSubject, answer: Generation, budget: float | None, forced: str | None
+) -> list[str]:
     """Lines for people; `forced` is "full" or "sparse" where every layer was."""
     routes = dict(zip(_layers(model), _flags(answer), strict=True))
     line = strip(routes, [attention.layer for attention in model.plan.model.attentions])
@@ -32,7 +35,7 @@ def answer_lines(model: FluxModel, answer: Generation, budget: float | None, for
     ]
 
 
-def _layers(model: FluxModel) -> list[int]:
+def _layers(model: FluxModel | EngineSubject) -> list[int]:
     return [layer.layer for layer in model.plan.layers]
 
 
@@ -40,7 +43,7 @@ def _flags(answer: Generation) -> list[bool]:
     return [] if answer.routes is None else [bool(route) for route in answer.routes]
 
 
-def _scores(model: FluxModel, answer: Generation, budget: float | None) -> list[str]:
+def _scores(model: FluxModel | EngineSubject, answer: Generation, budget: float | None) -> list[str]:
     if answer.scores is None:
         return [f"[bold]scores[/] none: {_why_dense(model, answer, budget)} the dense program runs"]
     cells = [f"{layer}:{score:+.2f}" for layer, score in zip(_layers(model), answer.scores.tolist(), strict=True)]
@@ -48,13 +51,13 @@ def _scores(model: FluxModel, answer: Generation, budget: float | None) -> list[
     return ["[bold]scores[/] " + rows[0], *("       " + row for row in rows[1:])]
 
 
-def _why_dense(model: FluxModel, answer: Generation, budget: float | None) -> str:
+def _why_dense(model: FluxModel | EngineSubject, answer: Generation, budget: float | None) -> str:
     crossover = model.crossover(budget)
     short = answer.prompt_tokens < crossover
     return f"below the crossover of {crossover} tokens" if short else "where every layer is full anyway,"
 
 
-def _memory(model: FluxModel, answer: Generation) -> str:
+def _memory(model: FluxModel | EngineSubject, answer: Generation) -> str:
     cached = answer.prompt_tokens + len(answer.tokens) - 1
     full = model.plan.kv_bytes([True] * len(model.plan.layers), cached)
     kept = answer.kv_bytes
@@ -89,7 +92,7 @@ def times(report: PrefillReport) -> Table:
 
 
 def json_result(
-    model: FluxModel, answer: Generation, budget: float | None, report: PrefillReport | None
+    model: FluxModel | EngineSubject, answer: Generation, budget: float | None, report: PrefillReport | None
 ) -> dict[str, Any]:
     """The whole result, JSON-ready."""
     layers, spent = _layers(model), answer.timings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 
@@ -140,3 +141,16 @@ def test_damaged_engines_and_other_devices_are_refused(made, tmp_path):
     (path / "weights.bin").write_bytes(b"")
     with pytest.raises(ArchiveError, match=r"weights\.bin is damaged"):
         fluxc.load(path)
+
+
+def test_the_command_line_answers_with_an_engine(made, capsys):
+    """Texts of tokens that the toy model knows; exit code 2 for one it does not."""
+    path = str(made[1].path)
+    with fluxc.load(path) as engine:
+        known = next(text for text in map(chr, range(33, 127)) if engine.tokenizer(text)["input_ids"][0] < TOY.vocab)
+    asked = ["run", path, "--prompt", known * 3, "--raw", "--max-new-tokens", "4", "--json", "--routes", "sparse"]
+    assert main(asked) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (len(found["tokens"]), found["sparse_ratio"], found["timing"]) == (4, 1.0, None)
+    assert main(["run", path, "--prompt", "zebra quilt", "--raw"]) == 2
+    assert "outside the model's vocabulary" in capsys.readouterr().err
