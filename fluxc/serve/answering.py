@@ -17,6 +17,8 @@ from fluxc.serve.forms import Choice, Envelope
 from fluxc.serve.running import Delta
 from fluxc.serve.service import Service, fields_of
 
+LEFT = 499
+"""Status noted for a client that was gone before its answer; nobody reads it."""
 DONE = b"data: [DONE]\n\n"
 
 
@@ -38,8 +40,7 @@ class Answering:
         gone = asyncio.create_task(_gone(self._request))
         try:
             await asyncio.wait((collect, gone), return_when=asyncio.FIRST_COMPLETED)
-            # A client that is gone gets an answer that nobody reads.
-            return JSONResponse(await collect) if collect.done() else Response(status_code=503)
+            return JSONResponse(await collect) if collect.done() else Response(status_code=LEFT)
         finally:
             for task in (collect, gone):
                 task.cancel()

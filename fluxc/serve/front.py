@@ -7,6 +7,7 @@ import uuid
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
+from fluxc.serve.answering import LEFT
 from fluxc.serve.errors import ApiError, draining
 from fluxc.serve.gate import Gate
 from fluxc.serve.keys import ApiKeys
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 API = "/v1/"
-LEFT = 499
-"""Status noted for a client that was gone before its answer began; it is never sent."""
+WATCHING = ("/health", "/metrics")
+"""Asked every few seconds by those who watch a server: counted, not logged."""
 
 
 class Front:
@@ -70,4 +71,6 @@ class Front:
         # The route, not the path: clients must not be able to make new series of the counter.
         path = getattr(route, "path", "other")
         self._metrics.request(path, status)
-        log("request", method=scope["method"], path=path, status=status, seconds=round(seconds, 4), **scope["fluxc"])
+        if scope["path"] not in WATCHING:
+            fields = {"status": status, "seconds": round(seconds, 4), **scope["fluxc"]}
+            log("request", method=scope["method"], path=path, **fields)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+import httpx
 import pytest
 
 openai = pytest.importorskip("openai", reason="the official client is installed with fluxc[test]")
@@ -116,6 +117,8 @@ def test_a_client_that_leaves_frees_its_pages_streamed_or_not(serving):
         start = time.monotonic()
         asyncio.run(leave(url))
         quiet(server)
+        left = 'fluxc_requests_total{path="/v1/chat/completions",status="499"} 1.0'
+        assert left in httpx.get(f"{url}/metrics").text
         # Far less than the 150 steps of 50 ms that nobody waits for.
         assert time.monotonic() - start < 5
 
