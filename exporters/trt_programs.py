@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fluxc.errors import OptionError
+from fluxc.errors import ArchiveError, OptionError
 from fluxc.exporters.cuda_driver import CudaDriver
-from fluxc.exporters.engine_dir import EngineDir
+from fluxc.exporters.engine_dir import NAME, EngineDir
 from fluxc.exporters.onnx_programs import OnnxPrograms
+from fluxc.exporters.trt_builder import LIBRARIES
 from fluxc.exporters.trt_sessions import TrtSessions, open_library
 from fluxc.exporters.trt_split import SplitSessions
 
@@ -19,12 +20,20 @@ class TrtPrograms(OnnxPrograms):
     """
 
     def __init__(self, engine: EngineDir, device: str | None, driver: CudaDriver | None = None) -> None:
-        super().__init__(engine)
-        built = next(iter(engine.manifest.programs.values()))["built"]
+        try:
+            super().__init__(engine)
+            files = {phase: str(program["file"]) for phase, program in engine.manifest.programs.items()}
+            built = engine.manifest.programs["decode"]["built"]
+            library, version = str(built["library"]), str(built["version"])
+        except (KeyError, TypeError, AttributeError) as cause:
+            raise ArchiveError(
+                f"{engine.path / NAME} does not describe its programs", hint="export it again"
+            ) from cause
         number = _number(engine, device)
-        open_library(built["library"], built["version"])
-        files = {phase: program["file"] for phase, program in engine.manifest.programs.items()}
-        given = (engine.path, files, driver or CudaDriver(number), built["library"], built["version"])
+        if library not in LIBRARIES:
+            raise ArchiveError(f"{engine.path / NAME} names the library {library!r}, which builds no engines")
+        open_library(library, version)
+        given = (engine.path, files, driver or CudaDriver(number), library, version)
         sessions: Any = TrtSessions(*given)
         if "prefill" not in files:
             full, sparse = (TrtSessions(*given, f"prefill_{branch}") for branch in ("full", "sparse"))

@@ -5,9 +5,11 @@ What it shows is that this code hands over the right tensors; that TensorRT comp
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -21,7 +23,7 @@ pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 import fluxc  # noqa: E402
-from fluxc.errors import OptionError, TargetError  # noqa: E402
+from fluxc.errors import ArchiveError, OptionError, TargetError, UserError  # noqa: E402
 from fluxc.exporters import cuda_driver, trt_programs  # noqa: E402
 from fluxc.exporters.cuda_driver import CudaDriver  # noqa: E402
 from fluxc.exporters.engine_dir import open_engine  # noqa: E402
@@ -29,7 +31,7 @@ from fluxc.exporters.trt_programs import TrtPrograms  # noqa: E402
 from fluxc.hashed_files import entries_below  # noqa: E402
 from fluxc.toy_flux import TOY  # noqa: E402
 
-BUILT = {"library": "trt_stand_in", "version": "1.2.3"}
+BUILT = {"library": "tensorrt_rtx", "version": "1.2.3"}
 
 
 class Driver:
@@ -227,13 +229,30 @@ def test_devices_that_are_not_there(engine, library, monkeypatch):
 
 def test_the_library_of_another_version_or_none(engine, library, monkeypatch):
     library.__version__ = "9"
-    with pytest.raises(TargetError, match=r"built by trt_stand_in 1\.2\.3, and 9 is installed"):
+    with pytest.raises(TargetError, match=r"built by tensorrt_rtx 1\.2\.3, and 9 is installed"):
         fluxc.load(engine)
-    monkeypatch.setitem(sys.modules, "trt_stand_in", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(
-        TargetError, match=r"needs trt_stand_in, which is not installed. pip install trt-stand-in==1\.2\.3"
+        TargetError, match=r"needs tensorrt_rtx, which is not installed. pip install tensorrt-rtx==1\.2\.3"
     ):
         fluxc.load(engine)
+
+
+def test_a_manifest_with_a_changed_byte(engine, library):
+    rng, text = random.Random(0), (engine / "engine.json").read_bytes()
+    for _ in range(150):
+        changed = bytearray(text)
+        changed[rng.randrange(len(text))] ^= 1 << rng.randrange(7)
+        (engine / "engine.json").write_bytes(changed)
+        with contextlib.suppress(UserError):  # a change may leave it as it was, in meaning
+            TrtPrograms(open_engine(engine), "cuda", CudaDriver(0, Driver()))
+
+
+def test_a_library_that_builds_no_engines(engine, library):
+    values = json.loads((engine / "engine.json").read_text())
+    values["programs"]["decode"]["built"] = {"library": "os", "version": "1"}
+    with pytest.raises(ArchiveError, match="names the library 'os'"):
+        fluxc.load(declare(engine, values), "cuda")
 
 
 def test_the_driver_says_what_it_refused():
@@ -244,12 +263,12 @@ def test_the_driver_says_what_it_refused():
 
 
 def test_loading_imports_neither_torch_nor_transformers(engine):
-    code = "import fluxc, sys\nfrom fluxc.errors import TargetError\n"
+    code = "import fluxc, sys\nsys.modules['tensorrt_rtx'] = None\nfrom fluxc.errors import TargetError\n"
     code += "try:\n    fluxc.load(sys.argv[1])\nexcept TargetError as error:\n    print(error.message)\n"
     code += "print([name for name in ('torch', 'transformers', 'onnx', 'onnxscript') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-P", "-c", code, str(engine)], capture_output=True, text=True, check=True)
     said, imported = done.stdout.strip().splitlines()
-    assert "needs trt_stand_in, which is not installed" in said
+    assert "needs tensorrt_rtx, which is not installed" in said
     assert imported == "[]"
 
 
