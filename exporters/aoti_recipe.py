@@ -35,7 +35,10 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One program: `inputs` by name, `outputs` from name to value, `calls` in order."""
+    """One program: `inputs` by name, `outputs` from name to value, `calls` in order.
+
+    A prefill also names `route_0`, `route_1`, ... bool[1]: the route of each routable layer, as soon as it is known.
+    """
 
     inputs: tuple[str, ...]
     outputs: Mapping[str, str]
@@ -47,11 +50,11 @@ class Recipe:
         return tuple(dict.fromkeys(call.piece for call in self.calls))
 
     def last_uses(self) -> dict[str, int]:
-        """The number of the last call that takes each value; outputs are kept for ever (the number of calls)."""
+        """The number of the last call that takes each value."""
         last: dict[str, int] = {}
         for number, call in enumerate(self.calls):
             last |= dict.fromkeys((row_of(name)[0] for name in call.enters), number)
-        return last | dict.fromkeys(self.outputs.values(), len(self.calls))
+        return last
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""

@@ -34,10 +34,10 @@ class AotiProgram:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name, for inputs by name; those the program does not read may be there too."""
-        values: dict[str, Tensor] = {}
+        wanted, found = set(self.recipe.outputs.values()), {}
         for left in self.steps(inputs):
-            values |= left
-        return {name: values[value] for name, value in self.recipe.outputs.items()}
+            found |= {name: value for name, value in left.items() if name in wanted}
+        return {name: found[value] for name, value in self.recipe.outputs.items()}
 
     def steps(self, inputs: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """What each call leaves, by the name of the value; a value is forgotten here after its last use."""
@@ -47,9 +47,10 @@ class AotiProgram:
             for name in [name for name in values if self._last.get(name, -1) <= number]:
                 del values[name]
             left = dict(zip(call.leaves, piece(taken), strict=True))
-            del taken
+            taken.clear()
             values |= {name: value for name, value in left.items() if number < self._last.get(name, -1)}
             yield left
+            del left
 
 
 def _taken(values: Mapping[str, Tensor], name: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fluxc.exporters import onnx_readme, trt_readme
+from fluxc.exporters import aoti_readme, onnx_readme, trt_readme
 from fluxc.exporters.engine_dir import EngineManifest
 from fluxc.plan import Plan
 
@@ -27,7 +27,7 @@ before it opens anything. They show damage, not intent: whoever can change a fil
 
 
 def _how(manifest: EngineManifest) -> str:
-    return trt_readme.how(manifest) if manifest.target == "trt" else onnx_readme.how(manifest)
+    return {"aoti": aoti_readme, "trt": trt_readme}.get(manifest.target, onnx_readme).how(manifest)
 
 
 def _verified(manifest: EngineManifest) -> str:

@@ -89,6 +89,10 @@ def _programs(made: EngineDir, device: str | None) -> Any:
         from fluxc.exporters.trt_programs import TrtPrograms
 
         return TrtPrograms(made, device)
+    if made.manifest.target == "aoti":
+        from fluxc.exporters.aoti_programs import AotiPrograms
+
+        return AotiPrograms(made, device)
     if made.manifest.target != "onnx" or (device or "cpu") != "cpu":
         where = f"an engine for {made.manifest.target} on {device or 'cpu'}"
         raise OptionError(f"fluxc cannot run {where} yet", hint="load an onnx engine on the CPU")
