@@ -76,7 +76,10 @@ class Evaluation:
 
     def passes(self) -> int:
         """Forward passes of the whole evaluation, the choice of static layers and long answers apart."""
-        return sum(len(suite.prompts) * self._each(suite) for suite in self.suites)
+        beside = len(self.followers)
+        return sum(
+            len(suite.prompts) * (self._each(suite) + (0 if suite.generates else beside)) for suite in self.suites
+        )
 
     def run(self) -> dict[str, Any]:
         """Every suite; conditions, rows and summaries."""

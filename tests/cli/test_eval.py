@@ -111,7 +111,7 @@ def test_prompts_of_the_user(flux: str, tmp_path: Path) -> None:
 def test_dry_run_says_how_much(flux: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
     assert main(["eval", flux, *SMALL, "-n", "-o", str(out)]) == 0
-    assert "would run 8 forward passes" in capsys.readouterr().out
+    assert "would run 10 forward passes" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 
