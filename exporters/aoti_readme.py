@@ -37,5 +37,6 @@ each attention.
 included) and the `cache` [pages,2,Hk,64,D] of all layers, which it writes in place. A slot is page * 64 + offset.
 
 Attention and the cache's operators are `torch.ops.fluxc.*`: a process has to register them before it runs a package, in
-Python with `fluxc.kernels.register()`.
+Python with `fluxc.kernels.register()`, in C++ by linking `libfluxc_ops.so`. `python -m fluxc.exporters.cpp_build` makes
+it, and `fluxc-aoti`, a program that runs this directory without Python.
 """
