@@ -16,7 +16,7 @@ from fluxc.exporters.onnx_sessions import OnnxSessions
 from fluxc.kernels.schemas import PAGE
 
 Array = np.ndarray
-_SPARE = 256
+_SPARE = 64
 """Slots of a copy beyond those in use, so that a growing request is not copied at every step."""
 
 
