@@ -19,7 +19,7 @@ JOBS ?= 2
 PYTEST := $(RUN) -m pytest -q -n $(JOBS) --dist loadfile
 SUITABLE := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 
-.PHONY: help demo bench-prefill bench-quality test test-full lint clean clean-demo
+.PHONY: help demo bench-prefill bench-quality bench-onnx eval-small eval-reference report picture load hold test test-full lint clean clean-demo
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -58,6 +58,32 @@ bench-prefill: $(VENV)/demo.stamp
 
 bench-quality: $(VENV)/demo.stamp
 	$(RUN) -m fluxc.bench.quality $(FLUX) --device $(DEVICE) -o bench/results/quality-$(DEVICE).json
+
+bench-onnx: $(VENV)/test.stamp
+	$(RUN) -m fluxc.bench.onnx $(FLUX) -o bench/results/onnx-cpu.json
+
+# Evaluation on a budget of 12 prompts, its page, and dense needles against the committed table.
+eval-small: $(VENV)/demo.stamp
+	$(BIN)/fluxc eval $(FLUX) --suite retrieval,text,local --count 4 --length 2400 --budget 0.2 --budget 0.4 --budget 0.6 \
+	  --force -o out/eval-small.json
+
+eval-reference: $(VENV)/demo.stamp
+	$(RUN) -m fluxc.evaluate.reference smollm2 --table bench/results/eval-reference.json
+
+report: $(VENV)/demo.stamp
+	$(BIN)/fluxc report $(FLUX) --eval out/eval-small.json --bench bench/results/prefill-cpu.json --force -o out/report.html
+
+picture: $(VENV)/demo.stamp
+	$(RUN) -m fluxc.report.picture bench/results/quality-h100.json -o docs/result.svg
+
+# A server under load: dense against routed on long prompts, and 1,000 requests of 64 clients that must be answered as alone.
+ENGINE ?= engine-onnx
+load: $(VENV)/test.stamp
+	$(RUN) -m fluxc.bench.serve $(ENGINE) --words 1500 --requests 20 --rate 0.2 -o bench/results/load-$(DEVICE).json
+
+hold: $(VENV)/test.stamp
+	$(RUN) -m fluxc.bench.serve $(ENGINE) --clients 64 --requests 1000 --cancel 0.1 --malformed 0.05 --max-tokens 12 \
+	  -o bench/results/serve-$(DEVICE).json
 
 clean-demo:
 	rm -rf out/smollm2.flux out/smollm2.flux.measuring out/demo.json
