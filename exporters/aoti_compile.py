@@ -72,7 +72,8 @@ class _Sizes:
 
     def dims(self, val: Tensor) -> dict[int, Any]:
         """What `torch.export` wants to know of the free axes of an input."""
-        free = {axis: size.node.expr for axis, size in enumerate(val.shape) if isinstance(size, torch.SymInt)}
+        sizes: list[Any] = list(val.shape)
+        free = {axis: size.node.expr for axis, size in enumerate(sizes) if isinstance(size, torch.SymInt)}
         return {axis: self._dim(expr) for axis, expr in free.items()}
 
     def example(self, val: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ def _compile(program: ExportedProgram, folder: Path) -> list[Any]:
 
 
 def _package(files: Mapping[str, list[Any]], package: Path) -> None:
-    from torch._inductor.package import package_aoti
+    from torch._inductor.package.package import package_aoti
 
     package_aoti(str(package), dict(files))
 

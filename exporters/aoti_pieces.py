@@ -45,7 +45,7 @@ class _Cutter:
     def __init__(self, program: ExportedProgram) -> None:
         self._program = program
         self._held = attributes(program)
-        self._outputs: list[Node] = list(program.graph.output_node().args[0])  # type: ignore[arg-type]
+        self._outputs: list[Node] = list(program.graph.output_node().args[0])
         stages = _early(layer_stages(program.graph, _cached(program) or None))
         self._rows = {node for node in stages if _is_row(node, stages)}  # case 1
         self.last = max(stages.values())

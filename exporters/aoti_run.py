@@ -34,7 +34,7 @@ class AotiProgram:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name, for inputs by name; those the program does not read may be there too."""
-        wanted, found = set(self.recipe.outputs.values()), {}
+        wanted, found = set(self.recipe.outputs.values()), dict[str, Tensor]()
         for left in self.steps(inputs):
             found |= {name: value for name, value in left.items() if name in wanted}
         return {name: found[value] for name, value in self.recipe.outputs.items()}
