@@ -19,7 +19,7 @@ JOBS ?= 2
 PYTEST := $(RUN) -m pytest -q -n $(JOBS) --dist loadfile
 SUITABLE := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 
-.PHONY: help demo bench-prefill bench-quality bench-onnx eval-small eval-reference report picture load hold test test-full lint clean clean-demo
+.PHONY: help demo bench-prefill bench-quality bench-onnx eval-small eval-reference report picture load hold cpp test test-full lint clean clean-demo
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -84,6 +84,10 @@ load: $(VENV)/test.stamp
 hold: $(VENV)/test.stamp
 	$(RUN) -m fluxc.bench.serve $(ENGINE) --clients 64 --requests 1000 --cancel 0.1 --malformed 0.05 --max-tokens 12 \
 	  -o bench/results/serve-$(DEVICE).json
+
+# A program without Python that runs AOTInductor engines, and the ops they call.
+cpp: $(VENV)/test.stamp
+	$(RUN) -m fluxc.exporters.cpp_build build/cpp
 
 clean-demo:
 	rm -rf out/smollm2.flux out/smollm2.flux.measuring out/demo.json
