@@ -58,7 +58,8 @@ def conditionals(program: ExportedProgram) -> list[Node]:
 
 def _routes(prefill: ExportedProgram) -> list[str]:
     """The value bool[1] that each cond's predicate is a view of."""
-    return [node.args[0].args[0].name for node in conditionals(prefill)]  # type: ignore[union-attr]
+    predicates = [node.all_input_nodes[0] for node in conditionals(prefill)]
+    return [predicate.all_input_nodes[0].name for predicate in predicates]
 
 
 def _signature(program: ExportedProgram, outputs: tuple[str, ...]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,7 +105,7 @@ class _Step:
             part.numpy()[:, :count] = values
         self._send()
 
-    def record(self, memory: object) -> None:
+    def record(self, memory: Any) -> None:
         """Record the graph. Two runs before it compile and choose kernels, on rows that write and read nothing."""
         self._send()
         stream = torch.cuda.Stream(self._programs.device)
