@@ -37,7 +37,7 @@ def test_transformers_and_fluxc_score_alike(subject: FluxSubject, folder: Path) 
 
 def test_the_committed_table_is_that_of_the_committed_result() -> None:
     table = json.loads((RESULTS / "eval-reference.json").read_text())
-    assert table == table_of(json.loads((RESULTS / "quality-h100.json").read_text()))
+    assert table == table_of(json.loads((RESULTS / "quality-h100-streaming.json").read_text()))
     assert [(cell["length"], cell["prompts"]) for cell in table["cells"]] == [(2500, 24), (4000, 24)]
 
 
