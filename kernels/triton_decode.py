@@ -7,6 +7,9 @@ full and sparse layers, growing lengths and changing requests.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -63,41 +66,52 @@ def _pages(q, cache, table, length, pages, first, stop, hk, kv_heads, scale, M: 
 
 
 @triton.jit
-def _combine(parts, sums, sink_logits, out, SPLITS: tl.constexpr, S2: tl.constexpr, G: tl.constexpr,
-             D: tl.constexpr, WIDTH: tl.constexpr, SINK_LOGITS: tl.constexpr):  # fmt: skip
+def _combine(parts, sums, sink_logits, out, SPLITS: tl.constexpr, S2: tl.constexpr, CHUNK: tl.constexpr,
+             G: tl.constexpr, G2: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+             SINK_LOGITS: tl.constexpr):  # fmt: skip
     """Add up the parts [SPLITS,G,D] of one key head, each scaled by its maximum and sum [SPLITS,2,G].
 
-    All parts of a head are loaded at once, past the first-level cache: other programs wrote them during this launch.
+    CHUNK parts of all query heads are loaded at once, past the first-level cache: other programs wrote them during this
+    launch. A thread holds its columns of every part, so adding them up needs no exchange.
     """
-    split = tl.arange(0, S2)
+    every = tl.arange(0, S2)
+    g = tl.arange(0, G2)
     c = tl.arange(0, WIDTH)
-    for g in tl.static_range(G):
-        at = sums + split * 2 * G + g
-        m = tl.load(at, mask=split < SPLITS, other=float("-inf"), cache_modifier=".cg")
-        part_sum = tl.load(at + G, mask=split < SPLITS, other=0.0, cache_modifier=".cg")
-        x = tl.load(parts + (split * G + g)[:, None] * D + c[None, :],
-                    mask=(split < SPLITS)[:, None] & (c < D)[None, :], other=0.0, cache_modifier=".cg")  # fmt: skip
-        top = tl.max(m, 0)
-        if SINK_LOGITS:
-            sink = tl.load(sink_logits + g).to(tl.float32) * LOG2E_T
-            top = tl.maximum(top, sink)
-        top = tl.where(top == float("-inf"), 0.0, top)
-        weight = tl.exp2(m - top)
-        total = tl.sum(part_sum * weight, 0)
-        if SINK_LOGITS:
-            total += tl.exp2(sink - top)
-        o = tl.sum(x * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-        tl.store(out + g * D + c, o.to(out.dtype.element_ty), mask=c < D)
+    head = (every < SPLITS)[:, None] & (g < G)[None, :]
+    at = sums + every[:, None] * (2 * G) + g[None, :]
+    m = tl.load(at, mask=head, other=float("-inf"), cache_modifier=".cg")
+    part_sum = tl.load(at + G, mask=head, other=0.0, cache_modifier=".cg")
+    top = tl.max(m, 0)
+    if SINK_LOGITS:
+        sink = tl.load(sink_logits + g, mask=g < G, other=float("-inf")).to(tl.float32) * LOG2E_T
+        top = tl.maximum(top, sink)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(part_sum * tl.exp2(m - top[None, :]), 0)
+    if SINK_LOGITS:
+        total += tl.exp2(sink - top)
+    o = tl.zeros([G2, WIDTH], tl.float32)
+    for first in tl.static_range(0, S2, CHUNK):
+        split = first + tl.arange(0, CHUNK)
+        some = (split < SPLITS)[:, None] & (g < G)[None, :]
+        x = tl.load(parts + (split[:, None] * G + g[None, :])[:, :, None] * D + c[None, None, :],
+                    mask=some[:, :, None] & (c < D)[None, None, :], other=0.0, cache_modifier=".cg")  # fmt: skip
+        m = tl.load(sums + split[:, None] * (2 * G) + g[None, :], mask=some, other=float("-inf"), cache_modifier=".cg")
+        o += tl.sum(x * tl.exp2(m - top[None, :])[:, :, None], 0)
+    o = o / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out + g[:, None] * D + c[None, :], o.to(out.dtype.element_ty), mask=(g < G)[:, None] & (c < D)[None, :])
 
 
 @triton.jit(do_not_specialize=("table_row", "pages", "columns"))
 def decode_kernel(q, cache, table, lens, sink_logits, parts, sums, counters, out, q_batch, q_head, table_row,
-                  kv_heads, pages, columns, scale, SPLITS: tl.constexpr, S2: tl.constexpr, G: tl.constexpr,
-                  M: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, SINK_LOGITS: tl.constexpr,
-                  SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """q [B,H,D], cache [pages,2,Hk,PAGE,D], table i32[B,P], lens i32[B] -> out [B,H,D]; counters i32[B,Hk] zero.
+                  kv_heads, pages, columns, scale, SPLITS: tl.constexpr, S2: tl.constexpr, CHUNK: tl.constexpr,
+                  G: tl.constexpr, G2: tl.constexpr, M: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+                  PAGE: tl.constexpr, SINK_LOGITS: tl.constexpr, SOFTCAP: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """q [B,H,D], cache [pages,2,Hk,PAGE,D], table i32[B,P], lens i32[B] -> out [B,H,D]; counters i32[B,Hk] zero,
+    and zero again at the end.
 
-    G: query heads of a key head, M the rows of their tile, S2 the power of two above SPLITS. `scale` includes log2(e).
+    G: query heads of a key head, G2 the power of two above, M the rows of their tile, S2 the power of two above SPLITS,
+    CHUNK the parts added up at once. `scale` includes log2(e).
     A length past the table's columns, or a page past the cache's pages, is not read and gives NaN.
     """
     split = tl.program_id(0)
@@ -123,8 +137,9 @@ def decode_kernel(q, cache, table, lens, sink_logits, parts, sums, counters, out
     tl.debug_barrier()
     if tl.atomic_add(counters + row, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
         tl.debug_barrier()
-        _combine(parts, sums, sink_logits + hk * G if SINK_LOGITS else None, out + row * (G * D), SPLITS, S2, G, D,
-                 WIDTH, SINK_LOGITS)  # fmt: skip
+        tl.store(counters + row, 0)
+        _combine(parts, sums, sink_logits + hk * G if SINK_LOGITS else None, out + row * (G * D), SPLITS, S2, CHUNK, G,
+                 G2, D, WIDTH, SINK_LOGITS)  # fmt: skip
 
 
 def decode_attention(
@@ -146,19 +161,65 @@ def decode_attention(
     splits = _splits(q, page_table, kv_heads, tiles)
     parts = torch.empty(batch, kv_heads, splits, group, width, dtype=torch.float32, device=q.device)
     sums = torch.empty(batch, kv_heads, splits, 2, group, dtype=torch.float32, device=q.device)
-    counters = torch.zeros(batch, kv_heads, dtype=torch.int32, device=q.device)
+    counters = _counters(batch * kv_heads, q.device)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     decode_kernel[(splits, kv_heads, batch)](
         q, cache, page_table, lens, sink_logits, parts, sums, counters, out, q.stride(0), q.stride(1),
         page_table.stride(0), kv_heads, cache.shape[0], page_table.shape[1], scale * LOG2E, SPLITS=splits,
-        S2=triton.next_power_of_2(splits),
-        G=group, M=max(16, triton.next_power_of_2(group)), D=width, WIDTH=padded, PAGE=PAGE,
+        S2=triton.next_power_of_2(splits), CHUNK=_chunk(splits, group, padded, tiles),
+        G=group, G2=triton.next_power_of_2(group), M=max(16, triton.next_power_of_2(group)), D=width, WIDTH=padded,
+        PAGE=PAGE,
         SINK_LOGITS=sink_logits is not None,
         SOFTCAP=float(softcap), PRECISION=input_precision(q), num_warps=tiles.warps,
         # The page number is loaded ahead of its page: Triton shares the stages between the two.
         num_stages=2 * tiles.buffers + 1,
     )  # fmt: skip
     return out
+
+
+def _chunk(splits: int, group: int, width: int, tiles: DecodeTiles) -> int:
+    """Parts added up at once: as many as fit 64 registers of a thread."""
+    room = 64 * 32 * tiles.warps // (triton.next_power_of_2(group) * width)
+    return max(1, min(triton.next_power_of_2(splits), room))
+
+
+@dataclasses.dataclass
+class _Counters:
+    """Zeroed counters of one device. Every call leaves its own at zero, so nobody clears them again.
+
+    Calls on one stream come one after the other and share theirs. A call that is recorded into a graph gets counters of
+    its own, because graphs may run side by side.
+    """
+
+    recorded: Tensor
+    used: int = 0
+    of_stream: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+
+    def record(self, count: int) -> Tensor | None:
+        """Counters for one recorded call, None where all are given away."""
+        found = self.recorded[self.used : self.used + count]
+        self.used += count
+        return found if found.numel() == count else None
+
+
+@functools.cache
+def _kept() -> dict[torch.device, _Counters]:
+    return {}
+
+
+def _counters(count: int, device: torch.device) -> Tensor:
+    """`count` counters i32 at zero; a graph recorded before any other call, or after 1M counters, clears its own."""
+    kept = _kept().get(device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        found = kept.record(count) if kept else None
+        return torch.zeros(count, dtype=torch.int32, device=device) if found is None else found
+    if kept is None:
+        kept = _kept()[device] = _Counters(torch.zeros(1 << 20, dtype=torch.int32, device=device))
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    found = kept.of_stream.get(stream)
+    if found is None or found.numel() < count:
+        found = kept.of_stream[stream] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+    return found
 
 
 def _tiles(q: Tensor) -> DecodeTiles:

@@ -21,7 +21,7 @@ from fluxc.kernels.triton_decode import decode_attention
 DTYPE = torch.bfloat16
 REPEATS = 20
 SIZES = ((1, 2176), (1, 8192), (8, 8192), (1, 32768), (1, 131072))
-VARIANTS = (DecodeTiles(4, 3, 2), DecodeTiles(4, 4, 1), DecodeTiles(4, 4, 2), DecodeTiles(4, 6, 1))
+VARIANTS = tuple(DecodeTiles(*sizes) for sizes in ((4, 3, 2), (4, 4, 1), (4, 4, 2), (4, 6, 1), (4, 2, 2), (8, 4, 1)))
 CACHES_BYTES = 192 << 20
 
 

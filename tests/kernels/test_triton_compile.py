@@ -111,8 +111,8 @@ def test_decode(width, arch):
     from fluxc.kernels.triton_decode import decode_kernel
 
     tiles = config.decode_for(arch, width)
-    constants = {"SPLITS": 16, "S2": 16, "G": 4, "M": 16, "D": width, "WIDTH": width, "PAGE": 64, "SINK_LOGITS": False}
-    constants |= {"SOFTCAP": 0.0, "PRECISION": "tf32", "sink_logits": None}
+    constants = {"SPLITS": 16, "S2": 16, "CHUNK": 4, "G": 4, "G2": 4, "M": 16, "D": width, "WIDTH": width, "PAGE": 64}
+    constants |= {"SOFTCAP": 0.0, "PRECISION": "tf32", "SINK_LOGITS": False, "sink_logits": None}
     compiled(decode_kernel, constants, arch, tiles.warps, 2 * tiles.buffers + 1)
 
 
