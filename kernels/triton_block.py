@@ -1,6 +1,7 @@
 """Block-sparse attention in Triton: each tile of rows of a head visits the key blocks of its list.
 
 The rows' own block, the last of its list, is visited first and with the causal mask; the blocks before it need none.
+On sm_90 triton_hopper_block.py does the same where a block holds whole work items of 128 rows.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from fluxc.kernels.triton_launch import (
     LOG2E,
     Call,
     descriptors,
+    gluon_descriptors,
     input_precision,
     interpreted,
+    not_gluon,
     not_tma,
 )
 from fluxc.kernels.triton_launch import unsupported as unsupported_call
@@ -83,22 +86,46 @@ def block_attention(
     q: Tensor, k: Tensor, v: Tensor, block_index: Tensor, block_count: Tensor, *, scale: float, block: int,
     softcap: float = 0.0, sink_logits: Tensor | None = None, tiles: Tiles | None = None,
 ) -> Tensor:  # fmt: skip
-    """`fluxc::block_attention` -> [B,S,H,Dv], contiguous."""
+    """`fluxc::block_attention` -> [B,S,H,Dv], contiguous. `tiles` overrides the pinned sizes (benchmarks)."""
+    tiles = tiles or _tiles(q, k, v, block)
+    out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype, device=q.device)
+    launch = _launch_gluon if tiles.loader == "gluon" else _launch_plain
+    lists = block_index.contiguous(), block_count.contiguous()
+    launch(q, k, v, out, *lists, scale * LOG2E, block, float(softcap), sink_logits, tiles)
+    return out
+
+
+def _launch_plain(q: Tensor, k: Tensor, v: Tensor, out: Tensor, index: Tensor, count: Tensor, scale: float,
+                  block: int, softcap: float, sink_logits: Tensor | None, tiles: Tiles) -> None:  # fmt: skip
     batch, heads, rows, _ = q.shape
-    tiles = tiles or _tiles(q, k, v)
     m, n = min(tiles.rows, block), min(tiles.keys, block)
-    out = torch.empty(batch, rows, heads, v.shape[3], dtype=q.dtype, device=q.device)
     n_tiles = triton.cdiv(rows, m)
     operands = descriptors(q, k, v, m, n) if tiles.loader == "tma" else (q, k, v)
     block_kernel[(n_tiles * batch * heads,)](
-        *operands, out, block_index.contiguous(), block_count.contiguous(), sink_logits, scale * LOG2E,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, heads // k.shape[1], batch * heads, rows, n_tiles,
-        block_count.shape[2], block_index.shape[3], D=q.shape[3], DV=v.shape[3], WIDTH=config.padded(q.shape[3]),
-        WIDTH_V=config.padded(v.shape[3]), BLOCK=block, BM=m, BN=n, STAGES=tiles.stages, TMA=tiles.loader == "tma",
-        SINK_LOGITS=sink_logits is not None, SOFTCAP=float(softcap), PRECISION=input_precision(q),
-        num_warps=tiles.warps if m * n > 64 * 64 else 4, num_stages=tiles.stages,
+        *operands, out, index, count, sink_logits, scale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads,
+        heads // k.shape[1], batch * heads, rows, n_tiles, count.shape[2], index.shape[3], D=q.shape[3], DV=v.shape[3],
+        WIDTH=config.padded(q.shape[3]), WIDTH_V=config.padded(v.shape[3]), BLOCK=block, BM=m, BN=n,
+        STAGES=tiles.stages, TMA=tiles.loader == "tma", SINK_LOGITS=sink_logits is not None, SOFTCAP=softcap,
+        PRECISION=input_precision(q), num_warps=tiles.warps if m * n > 64 * 64 else 4, num_stages=tiles.stages,
     )  # fmt: skip
-    return out
+
+
+def _launch_gluon(q: Tensor, k: Tensor, v: Tensor, out: Tensor, index: Tensor, count: Tensor, scale: float,
+                  block: int, softcap: float, sink_logits: Tensor | None, tiles: Tiles) -> None:  # fmt: skip
+    from fluxc.kernels.triton_hopper_block import hopper_blocks
+
+    batch, heads, rows, _ = q.shape
+    n_tiles = triton.cdiv(rows, tiles.rows)
+    n_items = n_tiles * batch * heads
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    hopper_blocks[(min(n_items, processors),)](
+        *gluon_descriptors(q, k, v, out, tiles.keys), index, count, sink_logits, counter, scale, heads,
+        heads // k.shape[1], rows, n_tiles, n_items, count.shape[2], index.shape[3],
+        D=max(64, config.padded(q.shape[3])), BLOCK=block, BN=tiles.keys, STAGES=tiles.stages,
+        WAIT_LAST=tiles.wait_last, HEAD_MAJOR=tiles.head_major, SINK_LOGITS=sink_logits is not None, SOFTCAP=softcap,
+        enable_fp_fusion=True, num_warps=4, maxnreg=168,
+    )  # fmt: skip
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, scale: float, block: int) -> str | None:
@@ -106,16 +133,16 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, scale: float, block: int) -> st
     return unsupported_call(q, k, v, Call(scale))
 
 
-def _tiles(q: Tensor, k: Tensor, v: Tensor) -> Tiles:
-    """Those of plain Triton attention: the Hopper kernel's schedule has no lists."""
+def _tiles(q: Tensor, k: Tensor, v: Tensor, block: int) -> Tiles:
+    """The Hopper kernel where a block holds whole work items, else plain Triton."""
     if interpreted():
         return config.INTERPRETED
     major, minor = torch.cuda.get_device_capability(q.device)
     capability, width = 10 * major + minor, max(q.shape[-1], v.shape[-1])
     if q.dtype == torch.float32:
         return config.full_precision_for(capability, width)
-    tiles = config.tiles_for(capability, width)
-    if tiles.loader == "gluon":
+    tiles = config.blocks_for(capability, width)
+    if tiles.loader == "gluon" and (block % tiles.rows or not_gluon(q, k, v)):
         tiles = config.PLAIN_TMA[max(64, config.padded(width))]
     if tiles.loader == "tma" and not_tma(q, k, v):
         tiles = config.POINTER_90[max(64, config.padded(width))]

@@ -30,6 +30,9 @@ class Tiles:
     """Key tiles in flight."""
     wait_last: bool = True
     """Gluon only: wait for the value product after the exponentials instead of where ptxas puts the wait."""
+    head_major: bool = True
+    """Gluon over lists of blocks only: the heads that share keys one after the other, so that their keys stay in the
+    L2 cache, instead of all heads at once."""
 
 
 # Head dims are rounded up to a power of two: 80 and 96 use 128. Architectures without an entry use the next lower one.
@@ -61,6 +64,12 @@ POINTER_90: dict[int, Tiles] = {
     128: Tiles("pointer", rows=128, keys=64, warps=8, stages=3),
     256: Tiles("pointer", rows=64, keys=64, warps=4, stages=2),
 }
+BLOCKS_90: dict[int, Tiles] = {
+    64: Tiles("gluon", stages=4),
+    128: Tiles("gluon", stages=2),
+    256: Tiles("gluon", keys=64, stages=2),
+}
+"""Attention over lists of key blocks on sm_90; elsewhere it takes the sizes of full attention."""
 FULL_PRECISION: dict[tuple[int, int], Tiles] = {
     (80, 64): Tiles("pointer", rows=64, keys=64, warps=4, stages=2),
     (80, 128): Tiles("pointer", rows=64, keys=32, warps=4, stages=1),
@@ -123,7 +132,7 @@ DECODE: dict[tuple[int, int], DecodeTiles] = {
     (89, 64): DecodeTiles(),
     (89, 128): DecodeTiles(buffers=2, waves=1),
     (89, 256): DecodeTiles(buffers=1, waves=1),
-    (90, 64): DecodeTiles(buffers=4),
+    (90, 64): DecodeTiles(buffers=4, waves=1),
     (90, 128): DecodeTiles(buffers=4, waves=1),
     (90, 256): DecodeTiles(buffers=2, waves=1),
     (120, 64): DecodeTiles(),
@@ -171,6 +180,11 @@ def padded(width: int) -> int:
 def tiles_for(capability: int, width: int) -> Tiles:
     """The pinned entry for heads of `width` on sm_`capability`; raises InternalError if there is none."""
     return _nearest(TILES, capability, width)
+
+
+def blocks_for(capability: int, width: int) -> Tiles:
+    """The pinned entry of attention over lists of key blocks."""
+    return BLOCKS_90[max(64, padded(width))] if capability // 10 == 9 else tiles_for(capability, width)
 
 
 def full_precision_for(capability: int, width: int) -> Tiles:

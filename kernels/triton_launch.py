@@ -111,14 +111,14 @@ def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Til
     if q.dtype == torch.float32:
         return config.full_precision_for(capability, width)
     tiles = config.tiles_for(capability, width)
-    if tiles.loader == "gluon" and not_gluon(q, k, v, call):
+    if tiles.loader == "gluon" and not_gluon(q, k, v):
         tiles = config.PLAIN_TMA[max(64, config.padded(width))]
     if tiles.loader == "tma" and not_tma(q, k, v):
         tiles = config.POINTER_90[max(64, config.padded(width))]
     return tiles
 
 
-def not_gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> str | None:
+def not_gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why the Hopper kernel cannot serve this call, or None if it can."""
     if not triton.__version__.startswith(GLUON_VERSIONS):
         return f"Triton {triton.__version__} is not one of {', '.join(GLUON_VERSIONS)}"
@@ -192,6 +192,20 @@ def _options(call: Call) -> dict[str, object]:
     }
 
 
+def gluon_descriptors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, keys: int) -> list[Any]:
+    """TMA descriptors of the Hopper kernels: 64 rows of q and out, `keys` of k and v; out is [B,S,H,D]."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    width = max(64, config.padded(q.shape[-1]))
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    blocks = [[1, 1, 64, width], [1, 1, keys, width], [1, 1, keys, width], [1, 64, 1, width]]
+    return [
+        TensorDescriptor(x, list(x.shape), _strides(x), block, layout)
+        for x, block in zip((q, k, v, out), blocks, strict=True)
+    ]
+
+
 def _launch_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
                   lse: torch.Tensor | None, call: Call, tiles: Tiles) -> None:  # fmt: skip
     sizes = shape_arguments(q, k, call, tiles.rows)
@@ -210,25 +224,16 @@ def _launch_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.
 
 def _launch_gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
                   lse: torch.Tensor | None, call: Call, tiles: Tiles) -> None:  # fmt: skip
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     from fluxc.kernels.triton_hopper import hopper_forward
 
     sizes = shape_arguments(q, k, call, tiles.rows)
     width = max(64, config.padded(q.shape[-1]))
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    blocks = [[1, 1, 64, width], [1, 1, tiles.keys, width], [1, 1, tiles.keys, width], [1, 64, 1, width]]
-    descriptors = [
-        TensorDescriptor(x, list(x.shape), _strides(x), block, layout)
-        for x, block in zip((q, k, v, out), blocks, strict=True)
-    ]
     n_items = sizes["n_tiles"] * sizes["batch_heads"]
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     hopper_forward[(min(n_items, processors),)](
-        *descriptors, call.sink_logits, flag(call.route), call.prompt_lens, call.q_start, lse,
-        counter, call.scale * LOG2E,
+        *gluon_descriptors(q, k, v, out, tiles.keys), call.sink_logits, flag(call.route), call.prompt_lens,
+        call.q_start, lse, counter, call.scale * LOG2E,
         n_items=n_items, **sizes, D=width, BN=tiles.keys, STAGES=tiles.stages, WAIT_LAST=tiles.wait_last,
         LSE=lse is not None, **_options(call), num_warps=4,
         maxnreg=168,

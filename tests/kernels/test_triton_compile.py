@@ -104,6 +104,33 @@ def test_hopper_kernel(width):
     assert "cp.async.bulk.tensor" in found.asm["ptx"]
 
 
+@pytest.mark.parametrize("width", [128, *(pytest.param(d, marks=pytest.mark.slow) for d in (64, 256))])
+def test_hopper_kernel_over_lists(width):
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from fluxc.kernels.triton_hopper_block import hopper_blocks
+
+    tiles = config.BLOCKS_90[width]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    blocks = {"q": [1, 1, 64, width], "k": [1, 1, tiles.keys, width], "o": [1, 64, 1, width]}
+    blocks["v"] = blocks["k"]
+    types = {f"{n}_desc": f"tensordesc<bf16{block},{layout!r}>" for n, block in blocks.items()}
+    constants = {"sink_logits_ptr": None, "D": width, "BLOCK": 128, "BN": tiles.keys, "STAGES": tiles.stages}
+    constants |= {"WAIT_LAST": tiles.wait_last, "HEAD_MAJOR": True, "SINK_LOGITS": False, "SOFTCAP": 0.0}
+    found = compiled(
+        hopper_blocks,
+        constants,
+        90,
+        4,
+        types=types | {"index_ptr": "*i32", "count_ptr": "*i32"},
+        source=lambda fn, signature, values, attributes: GluonASTSource(fn, signature, values),
+        maxnreg=168,
+    )
+    assert "wgmma.mma_async" in found.asm["ptx"]
+    assert "cp.async.bulk.tensor" in found.asm["ptx"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("width", [64, 128, 256])
