@@ -63,8 +63,9 @@ class InsertRouters(Pass):
         layer = argument(attention, "layer")
         spec = RouterSpec(int(query.node.meta["val"].shape[-1]), self.pool)
         prefix = router_name(layer)
-        state = init_router(spec, self.seed + layer)
-        weights = {name: draft.add_parameter(prefix + name, tensor) for name, tensor in state.items()}
+        device = query.node.meta["val"].device
+        state = init_router(spec, self.seed + layer)  # drawn on the CPU: the same weights on every device
+        weights = {name: draft.add_parameter(prefix + name, tensor.to(device)) for name, tensor in state.items()}
         with draft.inserting_before(attention):
             q = query.node
             if query.layout == "BSHD":  # case 3

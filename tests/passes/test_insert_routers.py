@@ -9,6 +9,7 @@ from fluxc import kernels
 from fluxc.ir.graph import calls, runnable, user_inputs
 from fluxc.ir.printer import program_diff, program_text
 from fluxc.passes.insert_routers import InsertRouters
+from fluxc.passes.place import Place
 from fluxc.router import LayerRouter, RouterSpec, layer_state, router_state
 from fluxc.testing import ToyConfig, toy_inputs
 
@@ -33,6 +34,12 @@ def test_one_router_for_each_attention_without_a_window(program):
     assert user_inputs(result.program) == NAMES
     assert {name.split(".")[1] for name in router_state(result.program)} == {"0", "2"}
     assert [note.reason for note in result.notes if not note.matched] == ["has a window of its own, 6 tokens"]
+
+
+def test_routers_lie_on_the_device_of_the_program(program):
+    placed = Place("meta").apply(program).program
+    result = InsertRouters().apply(placed).program
+    assert {tensor.device.type for tensor in result.state_dict.values()} == {"meta"}
 
 
 def test_input_program_is_unchanged(program):
