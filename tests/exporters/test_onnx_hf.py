@@ -29,6 +29,9 @@ TEXT = [int(token) for token in np.random.default_rng(0).integers(2, TOY.vocab, 
 PROMPT = 60
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf")

@@ -94,6 +94,7 @@ def test_processes_with_unequal_numbers_of_micro_batches_end_together(tmp_path):
     assert all(sum(row["prompts"] for row in record["tasks"].values()) == 5 for record in records)
 
 
+@pytest.mark.slow
 def test_the_command_under_a_launcher(tmp_path):
     """As torchrun starts it: environment variables, one command a process; the first writes and speaks."""
     folder = tmp_path / "tiny"
