@@ -170,22 +170,28 @@ def dkv_kernel(q, k, v, grad, lse, delta, dk, dv, route_ptr, prompt_ptr, scale, 
     j = low + tl.arange(0, BN)[:, None]
     acc_k = tl.zeros([BN, WIDTH], tl.float32)
     acc_v = tl.zeros([BN, WIDTH], tl.float32)
-    for member in tl.range(0, group):
+    # All query heads in one loop, so that its loads run ahead from one head into the next.
+    n_masked = n_edge + (far_stop - far)
+    for visit in tl.range(0, group * n_masked, num_stages=STAGES):
+        member = visit // max(n_masked, 1)
+        step = visit - member * n_masked
         h = hk64 * group + member
-        q_base = b64 * q_batch + h * q_head
-        g_base = b64 * g_batch + h * g_head
-        stats = (b64 * heads + h) * rows
-        for step in tl.range(0, n_edge + (far_stop - far), num_stages=STAGES):
-            after = (step >= whole - start).to(tl.int32)
-            beyond = (step >= n_edge).to(tl.int32)
-            tile = start + step + after * (whole_stop - whole) + beyond * (far - stop)
-            acc_k, acc_v = _dkv_visit(acc_k, acc_v, b_k, b_v, j, tile, q, grad, lse, delta, q_base, g_base, stats,
-                                      q_row, g_row, rows, keys, first_dense, stop_dense, sink, window,
-                                      scale * LOG2E, D, WIDTH, BM, True, SPARSE, PRECISION)  # fmt: skip
-        for step in tl.range(0, whole_stop - whole, num_stages=STAGES):
-            acc_k, acc_v = _dkv_visit(acc_k, acc_v, b_k, b_v, j, whole + step, q, grad, lse, delta, q_base, g_base,
-                                      stats, q_row, g_row, rows, keys, first_dense, stop_dense, sink, window,
-                                      scale * LOG2E, D, WIDTH, BM, False, SPARSE, PRECISION)  # fmt: skip
+        after = (step >= whole - start).to(tl.int32)
+        beyond = (step >= n_edge).to(tl.int32)
+        tile = start + step + after * (whole_stop - whole) + beyond * (far - stop)
+        acc_k, acc_v = _dkv_visit(acc_k, acc_v, b_k, b_v, j, tile, q, grad, lse, delta, b64 * q_batch + h * q_head,
+                                  b64 * g_batch + h * g_head, (b64 * heads + h) * rows, q_row, g_row, rows, keys,
+                                  first_dense, stop_dense, sink, window, scale * LOG2E, D, WIDTH, BM, True, SPARSE,
+                                  PRECISION)  # fmt: skip
+    n_whole = whole_stop - whole
+    for visit in tl.range(0, group * n_whole, num_stages=STAGES):
+        member = visit // max(n_whole, 1)
+        tile = whole + visit - member * n_whole
+        h = hk64 * group + member
+        acc_k, acc_v = _dkv_visit(acc_k, acc_v, b_k, b_v, j, tile, q, grad, lse, delta, b64 * q_batch + h * q_head,
+                                  b64 * g_batch + h * g_head, (b64 * heads + h) * rows, q_row, g_row, rows, keys,
+                                  first_dense, stop_dense, sink, window, scale * LOG2E, D, WIDTH, BM, False, SPARSE,
+                                  PRECISION)  # fmt: skip
     c = tl.arange(0, WIDTH)
     at = ((b64 * kv_heads + hk) * keys + low + tl.arange(0, BN))[:, None] * D + c[None, :]
     inside = (low + tl.arange(0, BN) < keys)[:, None] & (c < D)[None, :]

@@ -108,7 +108,7 @@ BACKWARD: dict[tuple[int, int], BackwardTiles] = {
     (89, 128): BackwardTiles(32, 32, 4, 1, 32, 64, 8, 1),
     (89, 256): BackwardTiles(16, 16, 4, 1, 16, 16, 4, 1),
     (90, 64): BackwardTiles(64, 64, 4, 2, 32, 128, 8, 3),
-    (90, 128): BackwardTiles(64, 64, 4, 2, 32, 128, 8, 3),
+    (90, 128): BackwardTiles(64, 64, 4, 2, 64, 128, 8, 3),
     (90, 256): BackwardTiles(64, 32, 4, 1, 32, 64, 8, 1),
     (120, 64): BackwardTiles(64, 32, 4, 1, 32, 64, 4, 1),
     (120, 128): BackwardTiles(32, 32, 4, 1, 32, 64, 8, 1),
@@ -118,11 +118,19 @@ BACKWARD: dict[tuple[int, int], BackwardTiles] = {
 
 @dataclasses.dataclass(frozen=True)
 class DecodeTiles:
-    """Sizes of the decode kernel: warps, page buffers, and programs per multiprocessor that splits aim at."""
+    """Sizes of the decode kernel."""
 
     warps: int = 4
     buffers: int = 3
+    """Pages in flight; 0: none is loaded ahead."""
     waves: int = 2
+    """Programs of a multiprocessor that splits aim at."""
+    registers: int = 64
+    """Registers of a thread for parts that are added up at once."""
+    dependent: bool = False
+    """Launch before the kernel ahead of it has finished, and wait inside (sm_90 and later)."""
+    ahead: int = 0
+    """Pages of a program asked for in the L2 cache before that wait."""
 
 
 DECODE: dict[tuple[int, int], DecodeTiles] = {
@@ -132,13 +140,46 @@ DECODE: dict[tuple[int, int], DecodeTiles] = {
     (89, 64): DecodeTiles(),
     (89, 128): DecodeTiles(buffers=2, waves=1),
     (89, 256): DecodeTiles(buffers=1, waves=1),
-    (90, 64): DecodeTiles(buffers=4, waves=1),
-    (90, 128): DecodeTiles(buffers=4, waves=1),
+    (90, 64): DecodeTiles(waves=1, dependent=True, ahead=2),
+    (90, 128): DecodeTiles(buffers=2, waves=1, dependent=True, ahead=1),
     (90, 256): DecodeTiles(buffers=2, waves=1),
     (120, 64): DecodeTiles(),
     (120, 128): DecodeTiles(buffers=2, waves=1),
     (120, 256): DecodeTiles(buffers=1, waves=1),
 }
+DECODE_FULL_PRECISION: dict[tuple[int, int], DecodeTiles] = {
+    (80, 64): DecodeTiles(buffers=4, waves=1),
+    (80, 128): DecodeTiles(buffers=1, waves=1),
+    (89, 64): DecodeTiles(buffers=2, waves=1),
+    (89, 128): DecodeTiles(buffers=0, waves=1),
+    (90, 64): DecodeTiles(buffers=4, waves=1),
+    (90, 128): DecodeTiles(buffers=2, waves=1),
+    (120, 64): DecodeTiles(buffers=2, waves=1),
+    (120, 128): DecodeTiles(buffers=0, waves=1),
+}
+"""fp32 heads and caches; rearranging their keys takes shared memory of its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterTiles:
+    """How the router's two kernels cut their work."""
+
+    parts: int = 32
+    """Programs of the encoder and head for a request; they wait for each other."""
+    warps: int = 8
+    pool_parts: int = 64
+    """Programs that sum a request's pooled rows."""
+    rows: int = 128
+    """Pooled rows that a program loads at once."""
+    pool_warps: int = 8
+    dependent: bool = False
+    """Start each kernel before the one ahead of it has finished, and wait inside (sm_90 and later)."""
+
+
+ROUTER: dict[int, RouterTiles] = {80: RouterTiles(), 90: RouterTiles(warps=4, dependent=True)}
+"""By architecture; others use the next lower one."""
+
+
 BACKWARD_FULL_PRECISION: dict[tuple[int, int], BackwardTiles] = {
     (80, 64): BackwardTiles(64, 32, 4, 1, 32, 32, 4, 1),
     (80, 128): BackwardTiles(32, 32, 4, 1, 32, 32, 4, 1),
@@ -202,9 +243,14 @@ def backward_full_precision_for(capability: int, width: int) -> BackwardTiles:
     return _nearest(BACKWARD_FULL_PRECISION, capability, width)
 
 
-def decode_for(capability: int, width: int) -> DecodeTiles:
-    """The pinned entry of the decode kernel."""
-    return _nearest(DECODE, capability, width)
+def decode_for(capability: int, width: int, full_precision: bool = False) -> DecodeTiles:
+    """The pinned entry of the decode kernel, or that for fp32 operands."""
+    return _nearest(DECODE_FULL_PRECISION if full_precision else DECODE, capability, width)
+
+
+def router_for(capability: int) -> RouterTiles:
+    """The pinned entry of the router's kernels."""
+    return ROUTER[max(arch for arch in ROUTER if arch <= capability)]
 
 
 def _nearest(table: dict[tuple[int, int], T], capability: int, width: int) -> T:

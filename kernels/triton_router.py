@@ -8,14 +8,17 @@ all weights read before; the last to finish computes the logits.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-PARTS = 32  # programs of the encoder and head
-POOL_PARTS = 64
-ROWS = 128
+from fluxc.kernels import triton_config as config
+from fluxc.kernels.triton_config import RouterTiles
+
 WEIGHTS = 10
 
 
@@ -68,15 +71,19 @@ def _sum_parts(scratch, columns, PARTS: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def pool_kernel(q, lens, scratch, counters, out, q_batch, q_head, q_row, heads, rows, pool,
-                LAST_ADDS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-                WIDTH: tl.constexpr):  # fmt: skip
+                LAST_ADDS: tl.constexpr, DEPENDENT: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+                D: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """q [B,H,S,D] -> sums of the parts, scratch fp32 [B,PARTS,D].
 
     LAST_ADDS: the last program writes the mean, out fp32 [B,D], with counters i32[B] zero. Else counters i32[B,2] are
-    cleared for the kernel that follows. A length outside 1..rows gives NaN: the host does not read it.
+    cleared for the kernel that follows; DEPENDENT: it may start at once and waits for this one, as this one does for
+    the kernel ahead. A length outside 1..rows gives NaN: the host does not read it.
     """
     part = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     length = tl.load(lens + b).to(tl.int32)
     inside = (length >= 1) & (length <= rows)
     length = tl.minimum(tl.maximum(length, 1), rows)
@@ -124,13 +131,14 @@ def _hidden(weight, x, bias):
 
 @triton.jit
 def router_kernel(lens, pooled, w0, b0, w1, b1, w2, b2, w3, b3, w4, b4, scratch, counters, out, heads, pool,
-                  PHASE: tl.constexpr, PARTS: tl.constexpr, POOL_PARTS: tl.constexpr, D: tl.constexpr,
-                  WIDTH: tl.constexpr, E: tl.constexpr, T: tl.constexpr):  # fmt: skip
+                  PHASE: tl.constexpr, DEPENDENT: tl.constexpr, PARTS: tl.constexpr, POOL_PARTS: tl.constexpr,
+                  D: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr, T: tl.constexpr):  # fmt: skip
     """pooled fp32 [B,POOL_PARTS,D], sums of the pool's parts -> logits fp32 [B,2].
 
     E, T: slices of the hidden layers (8D, 4D over PARTS), WIDTH: D, all padded. PHASE -1 runs everything in one launch;
     0 .. 2 run one phase, for a grid too large to wait for itself. counters i32[B,2] zero; scratch fp32 [B,PARTS,3D]: a
-    part's share of the encoder's output and of the head's second layer.
+    part's share of the encoder's output and of the head's second layer. DEPENDENT: started while the pool, the kernel
+    before this one, is running; reads the weights, which the pool does not write, then waits for it.
     """
     part = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
@@ -150,6 +158,8 @@ def router_kernel(lens, pooled, w0, b0, w1, b1, w2, b2, w3, b3, w4, b4, scratch,
         b_w2 = _weights(w2 + part * H2 * 2 * D, H2, 2 * D, 2 * D, T, 2 * WIDTH)
         b_b2 = _bias(b2 + part * H2, H2, T)
         b_w3 = _weights(w3 + part * H2, D, H2, 4 * D, WIDTH, T)
+    if DEPENDENT:
+        gdc_wait()
     if (PHASE == 0) | (PHASE == -1):
         length = tl.load(lens + b).to(tl.int32)
         mean = _mean(pooled + b * POOL_PARTS * D, heads, length, pool, D, POOL_PARTS, WIDTH)
@@ -171,50 +181,69 @@ def router_kernel(lens, pooled, w0, b0, w1, b1, w2, b2, w3, b3, w4, b4, scratch,
             tl.store(out + b * 2 + tl.arange(0, 2), logits)
 
 
-def router_pool(q: Tensor, prompt_lens: Tensor, *, pool: int) -> Tensor:
+def router_pool(q: Tensor, prompt_lens: Tensor, *, pool: int, tiles: RouterTiles | None = None) -> Tensor:
     """`fluxc::router_pool` -> fp32 [B,D]: one launch, and one that clears its counters."""
     batch, _, _, width = q.shape
     counters = torch.zeros(batch, dtype=torch.int32, device=q.device)
     out = torch.empty(batch, width, dtype=torch.float32, device=q.device)
-    _pool(q, prompt_lens, counters, out, pool, last_adds=True)
+    _pool(q, prompt_lens, counters, out, pool, tiles or _tiles(q))
     return out
 
 
-def _pool(q: Tensor, prompt_lens: Tensor, counters: Tensor, out: Tensor | None, pool: int, last_adds: bool) -> Tensor:
+def _pool(q: Tensor, lens: Tensor, counters: Tensor, out: Tensor | None, pool: int, tiles: RouterTiles) -> Tensor:
     batch, heads, rows, width = q.shape
-    scratch = torch.empty(batch, POOL_PARTS, width, dtype=torch.float32, device=q.device)
-    pool_kernel[(POOL_PARTS, batch)](
-        q, prompt_lens, scratch, counters, out, *q.stride()[:3], heads, rows, pool, LAST_ADDS=last_adds,
-        PARTS=POOL_PARTS, ROWS=ROWS, D=width, WIDTH=triton.next_power_of_2(width), num_warps=8,
+    scratch = torch.empty(batch, tiles.pool_parts, width, dtype=torch.float32, device=q.device)
+    early = tiles.dependent and out is None
+    pool_kernel[(tiles.pool_parts, batch)](
+        q, lens, scratch, counters, out, *q.stride()[:3], heads, rows, pool, LAST_ADDS=out is not None,
+        DEPENDENT=early, PARTS=tiles.pool_parts, ROWS=tiles.rows, D=width, WIDTH=triton.next_power_of_2(width),
+        num_warps=tiles.pool_warps, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return scratch
 
 
-def router(q: Tensor, prompt_lens: Tensor, *weights: Tensor, pool: int, fused: bool | None = None) -> Tensor:
+def router(
+    q: Tensor,
+    prompt_lens: Tensor,
+    *weights: Tensor,
+    pool: int,
+    fused: bool | None = None,
+    tiles: RouterTiles | None = None,
+) -> Tensor:
     """`fluxc::router` -> fp32 logits [B,2], full first; `weights` as in the schema, fp32, contiguous.
 
     fused: two launches, the pool and the rest. The programs of the second wait for each other, so all of them must
     fit on the device at once; by default that decides.
     """
     batch, heads, _, width = q.shape
+    tiles = tiles or _tiles(q)
+    parts = tiles.parts
+    whole = _fits(q, fused, parts)
+    tiles = tiles if whole else dataclasses.replace(tiles, dependent=False)
     counters = torch.empty(batch, 2, dtype=torch.int32, device=q.device)
-    pooled = _pool(q, prompt_lens, counters, None, pool, last_adds=False)
-    scratch = torch.empty(batch, PARTS, 3 * width, dtype=torch.float32, device=q.device)
+    pooled = _pool(q, prompt_lens, counters, None, pool, tiles)
+    scratch = torch.empty(batch, parts, 3 * width, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, 2, dtype=torch.float32, device=q.device)
     padded = triton.next_power_of_2(width)
-    for phase in (-1,) if _fits(q, fused) else (0, 1, 2):
-        router_kernel[(1 if phase == 2 else PARTS, batch)](
-            prompt_lens, pooled, *weights, scratch, counters, out, heads, pool, PHASE=phase, PARTS=PARTS,
-            POOL_PARTS=POOL_PARTS, D=width, WIDTH=padded, E=max(1, 8 * padded // PARTS),
-            T=max(1, 4 * padded // PARTS), num_warps=8,
+    for phase in (-1,) if whole else (0, 1, 2):
+        router_kernel[(1 if phase == 2 else parts, batch)](
+            prompt_lens, pooled, *weights, scratch, counters, out, heads, pool, PHASE=phase,
+            DEPENDENT=tiles.dependent, PARTS=parts, POOL_PARTS=tiles.pool_parts, D=width, WIDTH=padded,
+            E=max(1, 8 * padded // parts), T=max(1, 4 * padded // parts), num_warps=tiles.warps,
+            **({"launch_pdl": True} if tiles.dependent else {}),
         )  # fmt: skip
     return out
 
 
-def _fits(q: Tensor, fused: bool | None) -> bool:
+def _tiles(q: Tensor) -> RouterTiles:
+    major, _ = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
+    return config.router_for(10 * major)
+
+
+def _fits(q: Tensor, fused: bool | None, parts: int) -> bool:
     if fused is not None:
         return fused
-    return q.is_cuda and q.shape[0] * PARTS <= torch.cuda.get_device_properties(q.device).multi_processor_count
+    return q.is_cuda and q.shape[0] * parts <= torch.cuda.get_device_properties(q.device).multi_processor_count
 
 
 def unsupported(q: Tensor, *weights: Tensor) -> str | None:
@@ -226,8 +255,9 @@ def unsupported(q: Tensor, *weights: Tensor) -> str | None:
         return "the last dimension of q is not contiguous"
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"dtype {q.dtype} is not fp16, bf16 or fp32"
-    if weights and (len(weights) != WEIGHTS or width % (PARTS // 4) or width > 256):
-        return f"head dim {width} is not a multiple of {PARTS // 4} up to 256"
+    step = _tiles(q).parts // 4
+    if weights and (len(weights) != WEIGHTS or width % step or width > 256):
+        return f"head dim {width} is not a multiple of {step} up to 256"
     if any(w.dtype != torch.float32 or not w.is_contiguous() for w in weights):
         return "the router's weights are not contiguous fp32"
     return None

@@ -21,7 +21,10 @@ from fluxc.kernels.triton_decode import decode_attention
 DTYPE = torch.bfloat16
 REPEATS = 20
 SIZES = ((1, 2176), (1, 8192), (8, 8192), (1, 32768), (1, 131072))
-VARIANTS = tuple(DecodeTiles(*sizes) for sizes in ((4, 3, 2), (4, 4, 1), (4, 4, 2), (4, 6, 1), (4, 2, 2), (8, 4, 1)))
+VARIANTS = tuple(
+    DecodeTiles(4, buffers, waves, dependent=ahead >= 0, ahead=max(ahead, 0))
+    for buffers, waves, ahead in ((4, 1, -1), (2, 1, -1), (2, 1, 0), (2, 1, 1), (2, 1, 2), (4, 1, 1), (2, 2, 1))
+)
 CACHES_BYTES = 192 << 20
 
 
@@ -85,7 +88,8 @@ def _runs(shape: Shape, variants: bool) -> dict[str, Any]:
 
     runs = {"ours": ours(decode_for(90, shape.width))}
     for tiles in VARIANTS if variants else ():
-        runs[f"ours {tiles.warps} warps, {tiles.buffers} buffers, {tiles.waves} waves"] = ours(tiles)
+        early = f", {tiles.ahead} pages early" if tiles.dependent else ""
+        runs[f"ours {tiles.buffers} buffers, {tiles.waves} waves{early}"] = ours(tiles)
     return runs | {"cudnn": sdpa(SDPBackend.CUDNN_ATTENTION), "flash": sdpa(SDPBackend.FLASH_ATTENTION)}
 
 

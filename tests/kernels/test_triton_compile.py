@@ -133,14 +133,16 @@ def test_hopper_kernel_over_lists(width):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("width", [64, 128, 256])
-def test_decode(width, arch):
+@pytest.mark.parametrize(("kind", "width"), [("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128)])
+def test_decode(width, kind, arch):
     from fluxc.kernels.triton_decode import decode_kernel
 
-    tiles = config.decode_for(arch, width)
-    constants = {"SPLITS": 16, "S2": 16, "CHUNK": 4, "G": 4, "G2": 4, "M": 16, "D": width, "WIDTH": width, "PAGE": 64}
-    constants |= {"SOFTCAP": 0.0, "PRECISION": "tf32", "SINK_LOGITS": False, "sink_logits": None}
-    compiled(decode_kernel, constants, arch, tiles.warps, 2 * tiles.buffers + 1)
+    tiles = config.decode_for(arch, width, kind == "fp32")
+    constants = {"S2": 16, "DEEP": 4, "SIDE": 1, "W": tiles.warps, "G": 4, "G2": 4, "R": 8, "M": 16, "PAGE": 64}
+    constants |= {"D": width, "WIDTH": width, "SOFTCAP": 0.0, "PRECISION": "tf32x3", "SINK_LOGITS": False}
+    constants |= {"sink_logits": None, "DEPENDENT": tiles.dependent, "AHEAD": tiles.ahead}
+    types = dict.fromkeys(("q", "cache", "out"), f"*{kind}")
+    compiled(decode_kernel, constants, arch, tiles.warps, 2 * tiles.buffers + 1, types)
 
 
 @pytest.mark.slow
@@ -205,12 +207,15 @@ def test_blocks(width, kind, arch):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_router(arch):
-    from fluxc.kernels.triton_router import PARTS, POOL_PARTS, ROWS, pool_kernel, router_kernel
+    from fluxc.kernels.triton_router import pool_kernel, router_kernel
 
-    pool = {"LAST_ADDS": False, "PARTS": POOL_PARTS, "ROWS": ROWS, "D": 128, "WIDTH": 128, "out": None}
-    compiled(pool_kernel, pool, arch, 8, types=ROUTER)
-    rest = {"PHASE": -1, "PARTS": PARTS, "POOL_PARTS": POOL_PARTS, "D": 128, "WIDTH": 128, "E": 32, "T": 16}
-    compiled(router_kernel, rest, arch, 8, types=ROUTER)
+    tiles = config.router_for(arch)
+    shared = {"DEPENDENT": tiles.dependent, "D": 128, "WIDTH": 128}
+    pool = {"LAST_ADDS": False, "PARTS": tiles.pool_parts, "ROWS": tiles.rows, "out": None}
+    compiled(pool_kernel, shared | pool, arch, tiles.pool_warps, types=ROUTER)
+    rest = {"PHASE": -1, "PARTS": tiles.parts, "POOL_PARTS": tiles.pool_parts}
+    rest |= {"E": 1024 // tiles.parts, "T": 512 // tiles.parts}
+    compiled(router_kernel, shared | rest, arch, tiles.warps, types=ROUTER)
 
 
 @pytest.mark.slow
