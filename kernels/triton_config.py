@@ -190,6 +190,23 @@ BACKWARD_INTERPRETED = BackwardTiles(16, 16, 4, 1, 16, 16, 4, 1)
 
 SCORE_CHUNKS = 64
 """Chunks of a block that a tile of block scores always holds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreTiles:
+    """Sizes of the product of block scores: chunks of queries and of keys, columns at a time (0: the whole head)."""
+
+    rows: int = 128
+    keys: int = 128
+    depth: int = 0
+    warps: int = 8
+    stages: int = 3
+    tma: bool = False
+
+
+SCORES_90 = ScoreTiles(128, 256, 64, 8, 4, True)
+"""fp16 and bf16 on sm_90. A head of 64 takes 16 steps of 48 KiB, one of 128 32, at a stride of 16."""
+SCORES_INTERPRETED = ScoreTiles(16, 16, warps=4, stages=1)
 SHARED_BYTES = {80: 160 << 10, 86: 96 << 10, 89: 96 << 10, 90: 220 << 10, 100: 220 << 10, 120: 96 << 10}
 """Shared memory of a program, a little below the architecture's limit."""
 
@@ -266,8 +283,8 @@ def append_for(interpreted: bool, width: int) -> AppendTiles:
     return APPEND_INTERPRETED if interpreted else APPEND[max(64, padded(width))]
 
 
-def scores_for(capability: int, row_bytes: int) -> tuple[int, int]:
-    """Chunks of a tile of block scores, and tiles in flight, for queries and keys of `row_bytes`."""
+def scores_for(capability: int, row_bytes: int) -> ScoreTiles:
+    """The sizes of block scores without TMA for queries and keys of `row_bytes`."""
     room = SHARED_BYTES[max(arch for arch in SHARED_BYTES if arch <= capability)]
     tile = 128 if 4 * 128 * row_bytes <= room else 64
-    return tile, max(1, min(3, room // (2 * tile * row_bytes)))
+    return ScoreTiles(tile, tile, warps=8 if tile >= 128 else 4, stages=max(1, min(3, room // (2 * tile * row_bytes))))

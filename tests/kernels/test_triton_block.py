@@ -1,14 +1,17 @@
 """Block scores and block attention by Triton. See test_triton_attention.py for how they run without a GPU."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fluxc import kernels
 from fluxc.kernels.block_attention.reference import block_attention as attention_reference
+from fluxc.kernels.block_scores.op import chunks, keep
 from fluxc.kernels.block_scores.reference import block_scores as scores_reference
 from fluxc.kernels.block_scores.reference import block_sums
 from fluxc.testing import assert_close, random_qkv
@@ -84,6 +87,52 @@ def test_scores(rows, scorer, dtype):
     own = torch.arange(count.shape[-1], device=DEVICE)
     assert found[..., own, own].all()
     assert found[..., 0].all()
+
+
+def score_tiles(name):
+    from fluxc.kernels import triton_config as config
+
+    pinned = config.SCORES_90 if GPU else config.ScoreTiles(8, 16, 8, 4, 1, tma=True)
+    return pinned if name == "tma" else dataclasses.replace(pinned, tma=False)
+
+
+def sums_of(q, k, scorer):
+    """Block sums from a score matrix in memory, by matrix products, which a GPU's memory holds at 16K tokens too."""
+    b_q, b_k = (chunks(x.double(), STRIDE, scorer, keys=keys) for x, keys in ((q, False), (k, True)))
+    s = b_q @ b_k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(2, 3) * 0.5
+    s = s / (1 if scorer == "pooled" else STRIDE)
+    weights = s.masked_fill(torch.ones_like(s[0, 0], dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+    per = BLOCK // STRIDE
+    tail = -s.shape[-1] % per
+    return F.pad(weights, (0, tail, 0, tail)).unflatten(3, (-1, per)).unflatten(2, (-1, per)).sum((3, 5))
+
+
+@here
+@pytest.mark.skipif(GPU and torch.cuda.get_device_capability() < (9, 0), reason="needs TMA")
+@pytest.mark.parametrize("name", ["tma", "pointers"])
+@pytest.mark.parametrize(
+    ("blocks", "tail", "room", "scorer"),
+    [
+        (0, STRIDE - 1, 0, "antidiagonal"),
+        (5 if GPU else 4, 0, 1 << 30, "antidiagonal"),
+        (131 if GPU else 18, 5, 1 << 30, "antidiagonal"),
+        (70 if GPU else 5, STRIDE - 1, 0, "antidiagonal"),
+        (40 if GPU else 4, 5, 1 << 30, "pooled"),
+    ],
+)
+def test_scores_in_tiles_and_launches(blocks, tail, room, scorer, name):
+    """TMA and plain loads; all rows in one launch, or a tile of rows in each; the last chunk whole or cut off."""
+    from fluxc.kernels import triton_scores
+
+    kind = torch.bfloat16 if GPU else torch.float16
+    q, k, _ = (x.to(DEVICE) for x in random_qkv(1, 2, 1, blocks * BLOCK + tail, WIDTH, dtype=kind))
+    how = {"scale": 0.5, "block": BLOCK, "stride": STRIDE, "threshold": 0.7, "scorer": scorer}
+    found = kept(*triton_scores.block_scores(q, k, **how, tiles=score_tiles(name), room=room))
+    sums = sums_of(q, k, scorer)
+    wanted = kept(*keep(sums, torch.arange(sums.shape[2], device=DEVICE), 0.7))
+    edge = sums.masked_fill(~wanted, torch.inf).amin(-1, keepdim=True)
+    assert (sums - edge)[found != wanted].abs().le(1e-2 * sums.sum(-1).max()).all()
+    assert (found == wanted).float().mean() > 0.99
 
 
 @here

@@ -1,5 +1,6 @@
 """Every Triton kernel compiles for every architecture of the table, on a machine without a GPU."""
 
+import dataclasses
 import os
 
 import pytest
@@ -186,7 +187,7 @@ def test_append_and_write(width, kind, arch):
 @pytest.mark.parametrize(("kind", "width"), [("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 128)])
 def test_blocks(width, kind, arch):
     from fluxc.kernels.triton_block import block_kernel
-    from fluxc.kernels.triton_scores import keep_kernel, sums_kernel
+    from fluxc.kernels.triton_scores import keep_kernel, parts_kernel
 
     tiles = config.full_precision_for(arch, width) if kind == "fp32" else config.tiles_for(arch, width)
     tiles = config.PLAIN_TMA[width] if tiles.loader == "gluon" else tiles
@@ -197,11 +198,36 @@ def test_blocks(width, kind, arch):
     constants |= {"SINK_LOGITS": False, "SOFTCAP": 0.0, "sink_logits_ptr": None, "STAGES": tiles.stages}
     constants |= {"PRECISION": "tf32x3"}
     compiled(block_kernel, constants, arch, tiles.warps, tiles.stages, types)
-    tile, stages = config.scores_for(arch, width * (8 if kind == "fp32" else 2))
-    types = {"q": f"*{kind}", "k": f"*{kind}", "sums": "*fp32", "index": "*i32", "count": "*i32", "threshold": "fp32"}
-    constants = {"D": width, "WIDTH": width, "STRIDE": 16, "PER": 8, "BM": tile, "BN": tile, "PRECISION": "tf32x3"}
-    compiled(sums_kernel, constants, arch, 8 if tile >= 128 else 4, stages, types)
-    compiled(keep_kernel, {"PADDED": 1024}, arch, 4, types=types)
+    types = {"q": f"*{kind}", "k": f"*{kind}"} | SCORES
+    tiles = config.scores_for(arch, width * (8 if kind == "fp32" else 2))
+    compiled(parts_kernel, scores_constants(tiles, width), arch, tiles.warps, tiles.stages, types)
+    compiled(keep_kernel, {"PER": 8, "BN": tiles.keys, "PADDED": 1024}, arch, 4, types=types)
+
+
+SCORES = {"parts": "*fp32", "tops": "*fp32", "index": "*i32", "count": "*i32", "threshold": "fp32"}
+
+
+def scores_constants(tiles, width, stride=16):
+    sizes = {"BM": tiles.rows, "BN": tiles.keys, "BK": min(tiles.depth or width, width), "TMA": tiles.tma}
+    return sizes | {"D": width, "WIDTH": width, "STRIDE": stride, "PER": 8, "PRECISION": "tf32x3"}
+
+
+@pytest.mark.parametrize("width", [128, *(pytest.param(d, marks=pytest.mark.slow) for d in (64, 256))])
+@pytest.mark.parametrize("stride", [16, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tma", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_scores_on_hopper(width, stride, tma):
+    """Both operands of the product come from shared memory as TMA wrote them, and no register spills."""
+    from fluxc.kernels.triton_scores import parts_kernel
+
+    tiles = dataclasses.replace(config.SCORES_90, tma=tma)
+    depth = min(tiles.depth, width)
+    blocks = {"q": tiles.rows, "k": tiles.keys}
+    types = {n: f"tensordesc<bf16[1, 1, 1, {rows}, {depth}]>" if tma else "*bf16" for n, rows in blocks.items()}
+    constants = scores_constants(tiles, width, stride)
+    found = compiled(parts_kernel, constants, 90, tiles.warps, tiles.stages, types | SCORES)
+    assert "wgmma.mma_async" in found.asm["ptx"]
+    if tma:
+        assert "cp.async.bulk.tensor.5d" in found.asm["ptx"]
 
 
 @pytest.mark.slow
