@@ -11,7 +11,7 @@ from typing import Any
 from fluxc.artifact import versions
 from fluxc.atomic import atomic_directory
 from fluxc.engine.traced import TracedPrograms
-from fluxc.errors import OptionError, SourceError
+from fluxc.errors import OptionError, SourceError, TargetError
 from fluxc.exporters.engine_dir import NAME, PLAN, EngineManifest
 from fluxc.exporters.layouts import check_layout, engine_folder, write_layout
 from fluxc.exporters.parity import check_parity
@@ -20,6 +20,7 @@ from fluxc.exporters.readme import readme
 from fluxc.exporters.targets import exporter
 from fluxc.flux_dir import FluxDir, open_flux
 from fluxc.hashed_files import entries_below
+from fluxc.plan import Plan
 from fluxc.preflight import check_space, check_target
 from fluxc.progress import SILENT, Progress
 
@@ -73,6 +74,7 @@ def export(
     settings = own | _filled(maker, flux, made)
     made = _limited(maker, made, settings)
     check_budget(flux.plan, made.pins, source)
+    _check_full_kind(flux.plan, target)
     maker.check(made.program, **settings)
     weights = sum(entry.bytes for name, entry in flux.manifest.files.items() if name.endswith(".safetensors"))
     weights += sum(entry.bytes for entry in flux.manifest.links.values())
@@ -87,6 +89,15 @@ def export(
         manifest = _write(flux, made, maker, settings, target, inner, verify, progress)
         write_layout(root, layout, manifest)
     return Exported(place, report | _figures(manifest))
+
+
+def _check_full_kind(plan: Plan, target: str) -> None:
+    by_blocks = [layer.layer for layer in plan.layers if layer.full_kind == "block"]
+    if by_blocks:
+        raise TargetError(
+            f"layer {by_blocks[0]} has the full kind block, which target {target} has no form of",
+            hint="transform with --full-kind dense",
+        )
 
 
 def _split(maker: Any, target: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

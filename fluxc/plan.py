@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 KINDS = ("streaming", "triangle", "block")
+FULL_KINDS = ("dense", "block")
 PINS = (None, "full", "sparse")
 DECODE = ("sparse", "full")
 
@@ -35,8 +36,9 @@ DECODE = ("sparse", "full")
 class LayerPlan:
     """One routable layer: the sparse kind it falls back to, sizes in tokens, and a pin that overrides its router.
 
-    `last` is the number of dense rows at the end of the prompt (triangle only, else 0). `block`, `stride` and
-    `threshold` choose the blocks of the kind block, and are 0 for others.
+    `last` is the number of dense rows at the end of the prompt (triangle only, else 0). `full_kind`: a full route reads
+    all keys (dense), or scored blocks in the prompt (block). `block`, `stride` and `threshold` choose the blocks of the
+    kind or the full kind block, and are 0 for others.
     """
 
     layer: int
@@ -48,6 +50,7 @@ class LayerPlan:
     block: int = 0
     stride: int = 0
     threshold: float = 0.0
+    full_kind: Literal["dense", "block"] = "dense"
 
     def __post_init__(self) -> None:
         where = f"layer {self.layer} of the plan"
@@ -57,7 +60,11 @@ class LayerPlan:
             value = getattr(self, name)
             _require(_is_int(value) and value >= least, f"{where}: {name} {value!r} is not an integer >= {least}")
         _require((self.last > 0) == (self.kind == "triangle"), f"{where}: last {self.last} with kind {self.kind!r}")
-        _require((self.block > 0) == (self.kind == "block"), f"{where}: block {self.block} with kind {self.kind!r}")
+        _require(self.full_kind in FULL_KINDS, f"{where}: full kind {self.full_kind!r} is not dense or block")
+        kinds = f"kind {self.kind!r}" + (" and full kind 'block'" if self.full_kind == "block" else "")
+        _require(
+            (self.block > 0) == ("block" in (self.kind, self.full_kind)), f"{where}: block {self.block} with {kinds}"
+        )
 
     def settings(self, decode_full: bool) -> SparseSettings:
         """The attributes of the layer's routed attention; raises PlanError for sizes that do not fit its kind."""
@@ -65,7 +72,7 @@ class LayerPlan:
 
         sizes = (self.kind, self.sink, self.window, self.last, decode_full)
         try:
-            return SparseSettings(*sizes, self.block, self.stride, self.threshold)
+            return SparseSettings(*sizes, self.block, self.stride, self.threshold, self.full_kind)
         except OptionError as error:
             raise PlanError(f"layer {self.layer} of the plan: {error}") from error
 
@@ -185,12 +192,14 @@ class Plan:
             raise PlanError(f"the plan belongs to another model: {reason}", hint="calibrate this model")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready values; a layer without blocks does not name their sizes."""
+        """Plain JSON-ready values; a layer without blocks does not name their sizes, nor a dense one its full kind."""
         values = dataclasses.asdict(self)
         for layer in values["layers"]:
             if not layer["block"]:
                 for name in ("block", "stride", "threshold"):
                     del layer[name]
+            if layer["full_kind"] == "dense":
+                del layer["full_kind"]
         return values
 
     def to_json(self) -> str:

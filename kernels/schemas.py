@@ -60,11 +60,12 @@ SCHEMAS: dict[str, str] = {
     ),
     # route bool[B]: True is `attention`, False the sparse kind with its sizes: "streaming" | "triangle" | "block". With
     # block the prompt's rows read what block_scores finds with (block, stride, threshold) in the prompt alone, and rows
-    # after it all keys; it needs decode_full, and sink, window and last mean nothing to it.
+    # after it all keys; it needs decode_full, and sink, window and last mean nothing to it. full_kind "block" (not with
+    # the kind block) computes full requests in that way instead of by `attention`, from the same three sizes.
     "routed_attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor route, Tensor prompt_lens, *, float scale, int layer, str kind, "
         f"int sink, int window, int last, bool decode_full=False, {_TAIL}, int block=0, int stride=0, "
-        "float threshold=0.) -> Tensor"
+        'float threshold=0., str full_kind="dense") -> Tensor'
     ),
     # Mean over heads and over rows [0, min(pool, n)) and [max(0, n - pool), n), n = prompt_lens; overlapping rows
     # count twice, as in the paper: mean of the prefix mean and the suffix mean. q is before RoPE, [B,H,S,D];

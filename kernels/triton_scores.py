@@ -9,7 +9,7 @@ nothing is sorted. Between the two lie PARTS_BYTES at most, or the parts of one 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -116,7 +116,8 @@ def keep_kernel(parts, tops, index, count, threshold, chunks, blocks, first_bloc
     tl.store(count + listed, tl.sum(kept.to(tl.int32), 0))
 
 
-class Rows(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Rows:
     """Rows of chunks of one launch, and how they are cut."""
 
     first: int

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ApplyPlan(Pass):
-    """Set the kind, its sizes and `decode_full` of routed attentions. No branch is ever removed.
+    """Set the kinds, their sizes and `decode_full` of routed attentions. No branch is ever removed.
 
     1. A layer the plan does not name keeps its settings.
     2. A layer that has them already does not count.
@@ -54,7 +54,8 @@ class ApplyPlan(Pass):
         changed = [layer for layer, new in self.layers.items() if settings_of(nodes[layer]) != new]
         for layer in changed:
             node = nodes[layer]
-            node.kwargs = {**node.kwargs, **self.layers[layer].to_dict()}
+            kept = {name: value for name, value in node.kwargs.items() if name != "full_kind"}
+            node.kwargs = kept | self.layers[layer].attributes()
             notes.append(Note(node.name, True, f"layer {layer}: {self.layers[layer]}"))
         return len(changed)
 

@@ -70,7 +70,12 @@ def _lower(draft: Draft, node: Node) -> None:
 
 
 def full_call(node: Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Op, arguments and keywords of the full branch of a routed attention."""
+    """Op, arguments and keywords of the full branch of a routed attention; raises PlanError for the full kind block."""
+    if argument(node, "full_kind") == "block":
+        raise PlanError(
+            f"layer {argument(node, 'layer')} has the full kind block, which has no single op to lower or train to",
+            hint="Transform with --full-kind dense",
+        )
     return torch.ops.fluxc.attention.default, _qkv(node), _common(node)
 
 

@@ -65,7 +65,7 @@ class RouteAttention(Pass):
 
     def _attributes(self, attention: Node) -> dict[str, Any]:
         kept = {name: argument(attention, name) for name in ("scale", "layer", "softcap", "sink_logits")}
-        return kept | self.sparse.to_dict()
+        return kept | self.sparse.attributes()
 
 
 def _scores(draft: Draft) -> list[Node]:

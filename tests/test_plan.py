@@ -245,9 +245,24 @@ def test_only_layers_of_blocks_name_their_sizes():
     assert blocks.settings(decode_full=True).block == 16
 
 
+def test_a_full_kind_is_named_only_where_it_is_not_dense():
+    blocks = LayerPlan(3, "streaming", 4, 32, block=16, stride=2, threshold=0.9, full_kind="block")
+    plan = make_plan(layers=(*make_plan().layers[:2], blocks))
+    assert Plan.from_json(plan.to_json()) == plan
+    layers = plan.to_dict()["layers"]
+    assert [layer.get("full_kind") for layer in layers] == [None, None, "block"]
+    assert blocks.settings(decode_full=False).full_kind == "block"
+    assert plan.kv_slots([True] * 3, 100) == make_plan().kv_slots([True] * 3, 100)
+    assert {layer.full_kind for layer in Plan.from_dict(make_plan().to_dict()).layers} == {"dense"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"full_kind": "block"}, "both block"),
+        ({"full_kind": "sparse"}, "full kind 'sparse' is not dense or block"),
+        ({"kind": "streaming"}, "block 16 with kind 'streaming'"),
+        ({"kind": "streaming", "full_kind": "block", "block": 0}, "kind 'streaming' and full kind 'block'"),
         ({"block": 0}, "block 0 with kind 'block'"),
         ({"block": 24}, "block 24, stride 2 cannot be used"),
         ({"threshold": 0.0}, "block threshold is 0.0"),
@@ -255,6 +270,5 @@ def test_only_layers_of_blocks_name_their_sizes():
 )
 def test_blocks_that_cannot_be(changes, message):
     with pytest.raises(PlanError, match=message):
-        LayerPlan(3, "block", 4, 32, **{"block": 16, "stride": 2, "threshold": 0.9} | changes).settings(
-            decode_full=True
-        )
+        sizes = {"kind": "block", "block": 16, "stride": 2, "threshold": 0.9} | changes
+        LayerPlan(3, sink=4, window=32, **sizes).settings(decode_full=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.export.exported_program import ExportedProgram
 
 from fluxc.artifact import versions
+from fluxc.calibrate.full_kind import FullKind, compare_full, with_dense_full
 from fluxc.calibrate.kinds import LAST, Candidate, candidates, compare, compared_prompts, with_settings
 from fluxc.calibrate.leave_one_out import leave_one_out, rank_correlation
 from fluxc.calibrate.needs import Measurement, measure_needs, pool_queries, routable_layers, to_json
@@ -70,13 +71,15 @@ class Calibration:
         needs = need_matrix(measurements)
         correction, correlation = self._leave_out(program, measurements, needs)
         choice = self._choose(program, needs)
-        program = with_settings(placed, self.layers, choice[0].settings)
+        settings, full = self._full_kind(placed, choice[0].settings)
+        program = with_settings(placed, self.layers, settings)
         routing = self._fit(program, measurements, correction)
         verified = self._verify(self._with(routing, program), routing)
-        apply = ApplyPlan(dict.fromkeys(self.layers, choice[0].settings))
+        apply = ApplyPlan(dict.fromkeys(self.layers, settings))
         program = self._with(routing, Pipeline((apply,), self.observers).run(self.routed, "routed").program)
-        plan = self._plan(choice[0].settings, routing, verified)
+        plan = self._plan(settings, routing, verified)
         report = self._report(plan, verified, choice, correlation, needs)
+        report |= {"full_kind": full.to_dict()} if full else {}
         return Calibrated(program, plan, report, [to_json(m) for m in measurements])
 
     @functools.cached_property
@@ -145,6 +148,17 @@ class Calibration:
         self.progress.note("; ".join(f"{c.settings.kind} window {c.settings.window}: loss {c.loss:.3f}" for c in found))
         return found
 
+    def _full_kind(self, program: ExportedProgram, chosen: SparseSettings) -> tuple[SparseSettings, FullKind | None]:
+        """The chosen settings with full layers by blocks, where asked for and where they lose next to nothing."""
+        if self.options.full_kind == "dense":
+            return chosen, None
+        settings, prompts = self.options.with_full_blocks(chosen), self.sets.heldout
+        self.progress.start("comparing full layers by blocks", 2 * len(prompts))
+        found = compare_full(program, settings, prompts, self.device, self.progress.advance)
+        if not found.kept:
+            self.progress.note(f"full layers stay dense: blocks cost {found.rise:+.2%} perplexity")
+        return (settings if found.kept else chosen), found
+
     def _fit(self, program: ExportedProgram, measurements: list[Measurement], correction: Tensor) -> Routing:
         self.progress.start("reading queries", len(self.sets.pooled))
         pooled = (
@@ -169,7 +183,8 @@ class Calibration:
     def _verify(self, program: ExportedProgram, routing: Routing) -> Verification:
         self.progress.start("verifying on held-out prompts", 2 * len(self.sets.heldout))
         bias = torch.tensor(self._bare_plan(SparseSettings(), routing).bias()).to(self.device)
-        return verify(runnable(program), self.sets.heldout, bias, self.progress.advance)
+        dense = runnable(with_dense_full(program))
+        return verify(runnable(program), self.sets.heldout, bias, self.progress.advance, dense)
 
     def _bare_plan(self, settings: SparseSettings, routing: Routing, **more: Any) -> Plan:
         info = ModelInfo.of(self.captured.program, self.captured.meta, self._weights)

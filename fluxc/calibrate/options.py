@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from fluxc.budget import check_budget
 from fluxc.errors import OptionError
-from fluxc.ir.sparse import SparseSettings
+from fluxc.ir.sparse import FULL_KINDS, SparseSettings
 from fluxc.options import Options
 
 KINDS = ("auto", "streaming", "triangle", "block")
@@ -57,7 +58,9 @@ class CalibrateOptions(Options):
     decode: str = "sparse"
     """What rows after the prompt see on a sparse layer: sparse (ring KV) | full."""
     threshold: float = 0.9
-    """Share of the predicted weight that the blocks read by the kind block hold, 0..1."""
+    """Share of the predicted weight that the blocks read by the kind block, sparse or full, hold, 0..1."""
+    full_kind: str = "dense"
+    """What prompts read where a layer runs full: dense (all keys) | block (kept only where it hardly loses)."""
     effort: str = "normal"
     """quick | normal | thorough."""
     seed: int = 0
@@ -70,6 +73,12 @@ class CalibrateOptions(Options):
         _one_of("decode", self.decode, DECODE)
         if self.sparse_kind == "block" and self.decode != "full":
             raise OptionError("the kind block keeps all keys and values", hint="choose --decode full with it")
+        _one_of("full kind", self.full_kind, FULL_KINDS)
+        if self.full_kind == self.sparse_kind:
+            raise OptionError(
+                "the sparse kind and the full kind are both block: routes would make no difference",
+                hint="choose --full-kind dense, or another --sparse-kind",
+            )
         if not 0 < self.threshold <= 1:
             raise OptionError(f"block threshold is {self.threshold}", hint="it must lie in 0..1, above 0")
         _one_of("effort", self.effort, tuple(EFFORTS))
@@ -81,14 +90,22 @@ class CalibrateOptions(Options):
     def settings(self, context: int, kind: str, last: int) -> SparseSettings:
         """Sparse attention of `kind` with the sizes for a context; `last` dense rows in the kind triangle.
 
-        Blocks are a sixteenth of the window, 16 to 128 tokens, and scored an eighth of their size at a time.
+        Full layers are dense.
         """
         sink, window = self.sizes(context)
         decode_full, last = self.decode == "full", last if kind == "triangle" else 0
         if kind != "block":
             return SparseSettings(kind, sink, window, last, decode_full)
+        return SparseSettings(kind, sink, window, 0, decode_full, **self._blocks(window))
+
+    def with_full_blocks(self, settings: SparseSettings) -> SparseSettings:
+        """These settings with full layers that read scored blocks."""
+        return dataclasses.replace(settings, full_kind="block", **self._blocks(settings.window))
+
+    def _blocks(self, window: int) -> dict[str, Any]:
+        """Blocks of a sixteenth of the window, 16 to 128 tokens, scored an eighth of their size at a time."""
         block = min(LARGEST_BLOCK, max(16, 1 << (window // 16).bit_length() - 1))
-        return SparseSettings(kind, sink, window, 0, decode_full, block, block // STRIDES, self.threshold)
+        return {"block": block, "stride": block // STRIDES, "threshold": self.threshold}
 
     def sizes(self, context: int) -> tuple[int, int]:
         """Sink and window: 128 + 2048 for contexts of 32K and more, 64 + 1024 from 8K, else shares of the context.

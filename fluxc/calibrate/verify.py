@@ -112,9 +112,13 @@ def verify(
     prompts: Sequence[TokenizedPrompt],
     bias: Tensor,
     advance: Callable[[], None] = lambda: None,
+    dense_module: torch.nn.Module | None = None,
 ) -> Verification:
-    """Run every prompt dense (all routes full) and under the bias [L]."""
-    dense = run_all(module, prompts, torch.full_like(bias, math.inf), advance)
+    """Run every prompt dense (all routes full) and under the bias [L].
+
+    `dense_module`: the program whose full routes are dense, where those of `module` read blocks.
+    """
+    dense = run_all(dense_module or module, prompts, torch.full_like(bias, math.inf), advance)
     routed = run_all(module, prompts, bias, advance)
     return Verification(
         dense=_with_total(dense, prompts),

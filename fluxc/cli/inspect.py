@@ -140,10 +140,12 @@ def _attentions(found: Found) -> Table:
 def _sparse(settings: dict[str, Any] | None) -> str:
     if settings is None:
         return ""
+    blocks = f"block {settings['block']} threshold {settings['threshold']:g}"
     if settings["kind"] == "block":
-        return f"block {settings['block']} threshold {settings['threshold']:g}"
+        return blocks
     last = f" last {settings['last']}" if settings["last"] else ""
-    return f"{settings['kind']} {settings['sink']} + {settings['window']}{last}"
+    full = f", full: {blocks}" if settings["full_kind"] == "block" else ""
+    return f"{settings['kind']} {settings['sink']} + {settings['window']}{last}{full}"
 
 
 def _notes(found: Found) -> Table:

@@ -25,6 +25,7 @@ def verified_lines(plan: Plan, report: dict[str, Any]) -> list[RenderableType]:
         f"[bold]achieved[/] budget {total['full_share']:.2f} (Ω {total['sparse_ratio']:.2f}) on {total['prompts']} "
         f"held-out prompts; {_dependence(verified['input_dependent'])}",
         _kinds(plan, report["kinds"]),
+        *_full_kind(report.get("full_kind")),
         _memory(plan, total["full_share"]),
     ]
     if report.get("rank_correlation") is not None:
@@ -55,10 +56,24 @@ def _kinds(plan: Plan, kinds: list[dict[str, Any]]) -> str:
     if chosen.kind == "block":
         sizes = f"blocks of {chosen.block} holding {chosen.threshold:g} of the weight"
     line = f"[bold]kind[/]     {chosen.kind}, {sizes}, decode {plan.decode}"
+    if chosen.full_kind == "block":
+        line += f"; full layers read blocks of {chosen.block} holding {chosen.threshold:g} of the weight"
     if len(kinds) < 2:
         return line
     compared = (f"{k['kind']} loss {k['loss']:.3f} with {k['kv_slots']} KV slots" for k in kinds)
     return f"{line} (at equal prefill time: {'; '.join(compared)})"
+
+
+def _full_kind(found: dict[str, Any] | None) -> list[RenderableType]:
+    """What block attention in all full layers lost, where it was asked for."""
+    if not found:
+        return []
+    exact = "" if found["exact"] is None else f", exact {found['dense_exact']:.2f} to {found['exact']:.2f}"
+    rise = f"{found['rise']:+.2%} perplexity of answers{exact} on {found['prompts']} held-out prompts"
+    verdict = (
+        "kept" if found["kept"] else f"[bold]not kept[/]: more than {found['allowed']:.1%}; full layers stay dense"
+    )
+    return [f"[bold]full[/]     by blocks: {rise}; {verdict}"]
 
 
 def _memory(plan: Plan, full_share: float) -> str:

@@ -13,6 +13,8 @@ from fluxc import kernels
 from fluxc.ir.nodes import argument, calls, is_call, module_path
 from fluxc.ir.rope import Dependence, query_before_rope
 
+_SETTINGS = ("kind", "sink", "window", "last", "decode_full", "block", "threshold", "full_kind")
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionRecord:
@@ -81,4 +83,4 @@ def _record(node: Node, dependence: Dependence) -> AttentionRecord:
 
 
 def _sparse(node: Node) -> dict[str, Any]:
-    return {name: argument(node, name) for name in ("kind", "sink", "window", "last", "decode_full")}
+    return {name: argument(node, name) for name in _SETTINGS}

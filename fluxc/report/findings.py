@@ -149,7 +149,11 @@ def _kinds(plan: Plan) -> str:
     keeps = (
         "keeps every token" if plan.decode == "full" else f"keeps {layer.keys:,} tokens of KV, however long the request"
     )
-    return f"{first}. A layer that goes sparse ({layer.kind}) sees {sees}; it {keeps}."
+    said = f"{first}. A layer that goes sparse ({layer.kind}) sees {sees}; it {keeps}."
+    if layer.full_kind == "block":
+        blocks = f"blocks of {layer.block} keys that hold {layer.threshold:.0%} of the predicted attention"
+        said += f" Where a layer runs full, the prompt reads those {blocks}."
+    return said
 
 
 def _budgets(plan: Plan) -> str:

@@ -96,6 +96,8 @@ def write(path: Path, name: str, lengths: Lengths) -> None:
 
 
 def _sizes(layer: LayerPlan) -> str:
+    blocks = f"block-{layer.block}-{layer.threshold:g}"
     if layer.kind == "block":
-        return f"block-{layer.block}-{layer.threshold:g}"
-    return f"{layer.kind}-{layer.sink}+{layer.window}"
+        return blocks
+    full = f"-full-{blocks}" if layer.full_kind == "block" else ""
+    return f"{layer.kind}-{layer.sink}+{layer.window}{full}"

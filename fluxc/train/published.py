@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from fluxc.calibrate.calibration import Calibrated, achieved
+from fluxc.calibrate.full_kind import with_dense_full
 from fluxc.calibrate.needs import routable_layers
 from fluxc.calibrate.prompts import PromptSets
 from fluxc.calibrate.verify import verify
@@ -97,8 +98,9 @@ def with_published(
     progress.start("finding thresholds", len(POINTS) * len(prompts))
     curve = refit_curve(module, layers, prompts, device, progress.advance)
     plan = dataclasses.replace(found.plan, curve=curve, achieved={})
+    dense = runnable(with_dense_full(placed))
     progress.start("verifying on held-out prompts", 2 * len(sets.heldout))
-    verified = verify(module, sets.heldout, torch.tensor(plan.bias()).to(device), progress.advance)
+    verified = verify(module, sets.heldout, torch.tensor(plan.bias()).to(device), progress.advance, dense)
     shown = {f"{plan.budget:g}": achieved(verified)}
     plan = dataclasses.replace(plan, achieved=shown, calibration={**plan.calibration, "routers": origin})
     report = {**found.report, "verified": verified.to_dict(), "routers": origin}

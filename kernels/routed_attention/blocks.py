@@ -1,7 +1,8 @@
-"""The kind `block` of `fluxc::routed_attention`: scored blocks of keys for the prompt, all keys for what follows it.
+"""The kinds `block` of `fluxc::routed_attention`, sparse and full: scored blocks for the prompt, all keys after it.
 
 A prompt's blocks are scored from its own queries and keys, so that they are the same with or without an answer behind
-it. Rows after the prompt see all keys, as they do where a layer keeps its whole cache: the kind needs `decode_full`.
+it. Rows after the prompt see all keys, as they do where a layer keeps its whole cache: as the sparse kind it needs
+`decode_full`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Exactly one branch runs for each request, and all routes full gives `attention` 
 
 1. one kernel that reads the routes on the device, where the same kernel serves `attention`;
 2. else the host reads the routes, and requests with the same route are computed by the very op of that route. The kind
-   `block` is always computed so: its prompts' lengths decide what is scored.
+   `block` is always computed so, of sparse requests or, as `full_kind`, of full ones: its prompts' lengths decide what
+   is scored. With it, all routes full gives what block_attention gives instead.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fluxc.kernels.streaming_attention import op as streaming_attention
 from fluxc.kernels.triangle_attention import op as triangle_attention
 
 KINDS = ("streaming", "triangle", "block")
+FULL_KINDS = ("dense", "block")
 
 
 def define() -> None:
@@ -52,12 +54,21 @@ def row_call(
     block: int = 0,
     stride: int = 0,
     threshold: float = 0.0,
+    full_kind: str = "dense",
 ) -> RowCall:
-    """The op's arguments as a RowCall, whose sparse rows mean nothing for the kind block; UserError for wrong kinds."""
+    """The op's arguments as a RowCall, whose rows mean nothing where they are blocks; UserError for wrong kinds."""
     if kind not in KINDS:
         raise UserError(f"fluxc::routed_attention: kind is {kind!r}", hint=f"Use one of {', '.join(KINDS)}")
     if kind == "block" and not decode_full:
         raise UserError("fluxc::routed_attention: decode_full is False, the kind block needs it")
+    if full_kind not in FULL_KINDS:
+        raise UserError(
+            f"fluxc::routed_attention: full_kind is {full_kind!r}", hint=f"Use one of {', '.join(FULL_KINDS)}"
+        )
+    if full_kind == kind:
+        raise UserError(
+            "fluxc::routed_attention: full_kind is 'block', and so is kind: both branches would be the same"
+        )
     # Streaming with `decode: full` is triangle without dense prompt rows.
     last = last if kind == "triangle" else 0
     rows = "triangle" if kind == "triangle" or decode_full else "streaming"
@@ -93,9 +104,15 @@ def _branches(
     """Each request by the op of its branch; reads the routes on the host."""
     call = row_call(q, k, v, route, prompt_lens, scale=scale, layer=layer, **kwargs)
     routes, chosen = route.tolist(), _block_options(scale=scale, **kwargs)
+    # Which of the two routes, if any, is computed by blocks.
+    by_blocks = (kwargs["kind"] == "block", kwargs.get("full_kind") == "block")
+
+    def branch(is_full: bool, rows: slice) -> Tensor:
+        return _branch(call, is_full, rows, layer, chosen if by_blocks[is_full] else None)
+
     if all(routes) or not any(routes):
-        return _branch(call, routes[0], slice(None), layer, chosen)
-    return torch.cat([_branch(call, is_full, slice(b, b + 1), layer, chosen) for b, is_full in enumerate(routes)])
+        return branch(routes[0], slice(None))
+    return torch.cat([branch(is_full, slice(b, b + 1)) for b, is_full in enumerate(routes)])
 
 
 def _branch(call: RowCall, is_full: bool, rows: slice, layer: int, chosen: BlockOptions | None) -> Tensor:
@@ -106,10 +123,10 @@ def _branch(call: RowCall, is_full: bool, rows: slice, layer: int, chosen: Block
         "softcap": opt.softcap,
         "sink_logits": call.sink_logits,
     }
-    if is_full:
-        return attention.run(*qkv, **common)
     if chosen:
         return blocks.attend(*qkv, call.prompt_lens[rows], call.sink_logits, chosen)  # type: ignore[index]
+    if is_full:
+        return attention.run(*qkv, **common)
     common |= {"sink": opt.sink, "window": opt.window}
     if opt.kind == "streaming":
         return streaming_attention.run(*qkv, **common)
@@ -117,18 +134,27 @@ def _branch(call: RowCall, is_full: bool, rows: slice, layer: int, chosen: Block
     return triangle_attention.run(*qkv, call.prompt_lens[rows], last=opt.last, decode_full=opt.decode_full, **common)
 
 
-def _block_options(*, scale: float, kind: str, softcap: float = 0.0, **kwargs: Any) -> BlockOptions | None:
-    if kind != "block":
+def _block_options(*, scale: float, softcap: float = 0.0, **kwargs: Any) -> BlockOptions | None:
+    if _not_blocks(**kwargs):
         return None
     found = {name: kwargs.get(name, 0) for name in ("block", "stride", "threshold")}
     return BlockOptions(scale, softcap, **found)
 
 
-def _not_blocks(*args: Any, kind: str, **kwargs: Any) -> str | None:
-    return None if kind == "block" else f"the kind {kind} has gradients of its own"
+def _not_blocks(*args: Any, kind: str, full_kind: str = "dense", **kwargs: Any) -> str | None:
+    return None if "block" in (kind, full_kind) else f"the kind {kind} has gradients of its own"
 
 
-def _taped_blocks(*tensors: Tensor, sink_logits: Tensor | None = None, **kwargs: Any) -> Tensor:
-    chosen = _block_options(**kwargs)
-    assert chosen, "asked only where the kind is block"
-    return torch.ops.fluxc.routed_blocks(*tensors, sink_logits, **dataclasses.asdict(chosen))
+def _taped_blocks(
+    q: Tensor, k: Tensor, v: Tensor, route: Tensor, prompt_lens: Tensor, *, sink_logits: Tensor | None = None,
+    full_kind: str = "dense", **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """Full requests by blocks are computed beside sparse ones, and one of the two is taken."""
+    chosen = _block_options(full_kind=full_kind, **kwargs)
+    assert chosen, "asked only where some request is computed by blocks"
+    sizes, none = dataclasses.asdict(chosen), torch.zeros_like(route)
+    if kwargs["kind"] == "block":
+        return torch.ops.fluxc.routed_blocks(q, k, v, route, prompt_lens, sink_logits, **sizes)
+    full = torch.ops.fluxc.routed_blocks(q, k, v, none, prompt_lens, sink_logits, **sizes)
+    sparse = torch.ops.fluxc.routed_attention(q, k, v, none, prompt_lens, sink_logits=sink_logits, **kwargs)
+    return torch.where(route[:, None, None, None], full, sparse)

@@ -32,20 +32,23 @@ def routed_attention(
     block: int = 0,
     stride: int = 0,
     threshold: float = 0.0,
+    full_kind: str = "dense",
 ) -> Tensor:
     """Full attention where route[b], else the sparse kind -> [B,S,H,Dv]. Streaming is triangle with last = 0."""
     how: dict[str, Any] = {"scale": scale, "layer": layer, "softcap": softcap, "sink_logits": sink_logits}
     full = attention(q, k, v, **how)
-    if kind == "block":
-        sparse = full.clone()
+    if "block" in (kind, full_kind):
+        by_blocks = full.clone()
         for b, n in enumerate(prompt_lens.tolist()):
             if n:
                 one = slice(b, b + 1)
                 b_q, b_k, b_v = (x[one, :, :n] for x in (q, k, v))
                 sizes: dict[str, Any] = {"block": block, "stride": stride, "threshold": threshold}
                 index, count = block_scores(b_q, b_k, scale=scale, layer=layer, **sizes)
-                sparse[one, :n] = block_attention(b_q, b_k, b_v, index, count, block=block, **how)
-        return torch.where(route[:, None, None, None], full, sparse)
+                by_blocks[one, :n] = block_attention(b_q, b_k, b_v, index, count, block=block, **how)
+        if kind == "block":
+            return torch.where(route[:, None, None, None], full, by_blocks)
+        full = by_blocks
     last = last if kind == "triangle" else 0
     rows: dict[str, Any] = {"sink": sink, "window": window, "last": last, "decode_full": decode_full}
     sparse = triangle_attention(q, k, v, prompt_lens, **rows, **how)

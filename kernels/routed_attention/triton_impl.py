@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def _call(route: Tensor, prompt_lens: Tensor, *, scale: float, layer: int, kind: str, sink: int, window: int,
           last: int, decode_full: bool = False, softcap: float = 0.0,
           sink_logits: Tensor | None = None, block: int = 0, stride: int = 0,
-          threshold: float = 0.0) -> Call:  # fmt: skip
+          threshold: float = 0.0, full_kind: str = "dense") -> Call:  # fmt: skip
     from fluxc.kernels.triton_launch import Call
 
     # Streaming with `decode: full` is triangle without dense prompt rows.
@@ -28,6 +28,8 @@ def supported(q: Tensor, k: Tensor, v: Tensor, route: Tensor, prompt_lens: Tenso
     """Why this call (the op's own arguments) is not served, or None."""
     if options["kind"] not in ("streaming", "triangle"):
         return f"kind {options['kind']} has no kernel that reads the route"
+    if options.get("full_kind") == "block":
+        return "full kind block has no kernel that reads the route"
     if reason := unavailable(q):
         return reason
     from fluxc.kernels import triton_launch

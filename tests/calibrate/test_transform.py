@@ -12,7 +12,7 @@ from fluxc.calibrate.options import CalibrateOptions, Effort
 from fluxc.calibrate.transform import default_output, transform
 from fluxc.errors import DataError, OptionError, OutputExistsError
 from fluxc.flux_dir import open_flux
-from fluxc.ir.graph import calls, runnable
+from fluxc.ir.graph import argument, calls, runnable
 from fluxc.tiny_folder import save_tiny_model
 
 CONTEXT = 1024
@@ -84,6 +84,25 @@ def test_the_kind_block(folder, tmp_path):
     assert attributes == {"block"}
     assert made.plan.kv_slots([False, False], 300) == made.plan.kv_slots([True, True], 300)
     assert made.report["needs"] != [[0.0] * 2] * TINY.measured
+
+
+@pytest.mark.parametrize("allowed", [10.0, -1.0])
+def test_full_layers_by_blocks(folder, tmp_path, monkeypatch, allowed):
+    """Kept where they lose at most what is allowed; else the plan is dense, and the report says so."""
+    monkeypatch.setattr("fluxc.calibrate.full_kind.ALLOWED", allowed)
+    options = CalibrateOptions(
+        budget=0.5, effort="quick", sparse_kind="streaming", full_kind="block", sink=4, window=200
+    )
+    made = transform(folder, tmp_path / "m.flux", options=options)
+    found = made.report["full_kind"]
+    wanted = ("block", 16, 2, 0.9) if allowed > 0 else ("dense", 0, 0, 0.0)
+    assert {(x.full_kind, x.block, x.stride, x.threshold) for x in made.plan.layers} == {wanted}
+    assert (found["kept"], found["allowed"]) == (allowed > 0, allowed)
+    assert found["dense_loss"] == made.report["verified"]["dense"]["all"]["loss"]
+    flux = open_flux(made.path)
+    assert flux.plan == made.plan
+    nodes = calls(flux.load("routed"), torch.ops.fluxc.routed_attention)
+    assert {argument(node, "full_kind") for node in nodes} == {wanted[0]}
 
 
 def test_interrupted_measurements_are_taken_up(folder, options, tmp_path, monkeypatch):

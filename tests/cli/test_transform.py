@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import resource
 import shutil
 from collections.abc import Callable
@@ -84,6 +85,21 @@ def test_report_says_asked_and_achieved(model: str, capsys: pytest.CaptureFixtur
     assert f"achieved budget {achieved['full_share']:.2f}" in out
     assert "kind     streaming, sink 4, window 32, decode sparse" in out
     assert "wrote a.flux" in out
+
+
+@pytest.mark.parametrize("allowed", [10.0, -1.0])
+def test_report_says_what_full_layers_by_blocks_lose(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], allowed: float
+) -> None:
+    monkeypatch.setattr("fluxc.calibrate.full_kind.ALLOWED", allowed)
+    kinds = ("--sparse-kind", "streaming", "--full-kind", "block")
+    assert main(["transform", model, "--budget", "0.5", *QUICK, *kinds, "-o", "a.flux"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    kept = {layer.full_kind for layer in open_flux("a.flux").plan.layers}
+    assert kept == {"block" if allowed > 0 else "dense"}
+    assert re.search(r"full by blocks: [+-][0-9.]+% perplexity of answers.* on 4 held-out prompts; ", out)
+    assert ("full layers read blocks of 16 holding 0.9 of the weight" in out) == (allowed > 0)
+    assert ("not kept: more than -100.0%; full layers stay dense" in out) == (allowed < 0)
 
 
 def test_interrupted_calibration_resumes(

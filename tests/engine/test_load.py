@@ -117,11 +117,12 @@ def test_short_prompts_run_dense(engine, model):
     assert engine.generate(ids(32), budget=0.0, max_new_tokens=1).sparse_ratio == 1.0
 
 
-@pytest.mark.parametrize("kind", ["triangle", "decode-full"])
+@pytest.mark.parametrize("kind", ["triangle", "decode-full", "full-block"])
 def test_other_kinds_equal_recomputation(source, tmp_path, kind, monkeypatch):
     settings = {
         "triangle": SparseSettings(kind="triangle", sink=4, window=12, last=8),
         "decode-full": SparseSettings(sink=4, window=12, decode_full=True),
+        "full-block": SparseSettings(sink=4, window=12, block=16, stride=4, threshold=0.6, full_kind="block"),
     }[kind]
     found = capture(source)
     from fluxc import toy_flux

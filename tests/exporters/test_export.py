@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import math
 import shutil
@@ -17,12 +18,14 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not inst
 
 import numpy as np  # noqa: E402
 
-from fluxc.errors import ArchiveError, PlanError, SelfCheckError  # noqa: E402
+import fluxc  # noqa: E402
+from fluxc.errors import ArchiveError, PlanError, SelfCheckError, TargetError  # noqa: E402
 from fluxc.exporters import engine_dir, parity  # noqa: E402
 from fluxc.exporters.engine_dir import open_engine, update_plan  # noqa: E402
 from fluxc.exporters.onnx import phases  # noqa: E402
 from fluxc.exporters.onnx_attention import CHUNK  # noqa: E402
 from fluxc.flux_dir import open_flux  # noqa: E402
+from fluxc.ir.sparse import SparseSettings  # noqa: E402
 from fluxc.toy_flux import TOY  # noqa: E402
 
 ROUTABLE = sum(window == 0 for window in TOY.windows)
@@ -73,6 +76,19 @@ def test_a_wrong_engine_is_found(made):
 
     with pytest.raises(SelfCheckError, match="prefill of 4 tokens, routes full"):
         parity.check_parity(Wrong(), routed, _layers(routed), flux.plan)
+
+
+def test_full_layers_by_blocks_are_refused_by_name(made, tmp_path, monkeypatch):
+    from fluxc import toy_flux
+
+    blocks = SparseSettings(sink=4, window=12, block=16, stride=4, threshold=0.9, full_kind="block")
+    monkeypatch.setattr(toy_flux, "toy_routed", functools.partial(toy_flux.toy_routed, sparse=blocks))
+    monkeypatch.setattr(toy_flux, "flat_plan", functools.partial(toy_flux.flat_plan, sparse=blocks))
+    flux = toy_flux.toy_flux(tmp_path / "toy.flux")
+    for dry_run in (True, False):
+        with pytest.raises(TargetError, match="layer 0 has the full kind block, which target onnx has no form of"):
+            fluxc.export(flux.path, target="onnx", output=tmp_path / "engine", dry_run=dry_run)
+    assert not (tmp_path / "engine").exists()
 
 
 def test_contents(made):

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from fluxc.ir.inspect import inspect_program
+from fluxc.ir.sparse import SparseSettings
+from fluxc.passes.apply_plan import ApplyPlan
 from fluxc.testing import ToyConfig
 
 CONFIG = ToyConfig(windows=(0, 6), heads=4, kv_heads=2, softcap=20.0)
@@ -25,6 +29,16 @@ def test_routed_program(toy_routed):
     assert (full.routed, full.sparse["window"], windowed.routed) == (True, 4, False)
     assert full.query.endswith("is q before RoPE")
     json.dumps([full.to_dict(), windowed.to_dict()])
+
+
+@pytest.mark.parametrize("which", ["kind", "full_kind"])
+def test_blocks_are_shown(toy_routed, which):
+    from fluxc.cli.inspect import _sparse
+
+    blocks = {"block": 16, "stride": 4, "threshold": 0.9, "decode_full": True, which: "block"}
+    program = ApplyPlan({0: SparseSettings(sink=2, window=4, **blocks)}).apply(toy_routed(CONFIG)).program
+    shown = _sparse(inspect_program(program)[0].sparse)
+    assert shown == ("" if which == "kind" else "streaming 2 + 4, full: ") + "block 16 threshold 0.9"
 
 
 def test_query_that_is_not_found(toy):

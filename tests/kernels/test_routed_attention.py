@@ -15,19 +15,31 @@ ops = torch.ops.fluxc
 HOW = {"scale": 0.3, "layer": 0}
 SIZES = {"sink": 3, "window": 20, "last": 10}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FULL_BY_BLOCK = {"full_kind": "block", "block": 16, "stride": 4, "threshold": 0.5}
 KINDS = {
     "streaming": {"kind": "streaming"},
     "streaming, decode full": {"kind": "streaming", "decode_full": True},
     "triangle": {"kind": "triangle"},
     "triangle, decode full": {"kind": "triangle", "decode_full": True},
     "block": {"kind": "block", "decode_full": True, "block": 16, "stride": 4, "threshold": 0.5},
+    "full by block": {"kind": "streaming", **FULL_BY_BLOCK},
+    "triangle, full by block": {"kind": "triangle", "decode_full": True, **FULL_BY_BLOCK},
 }
 ROUTES = [[True, True, True], [False, False, False], [True, False, True], [False, True, False]]
 PROMPTS = torch.tensor([90, 60, 1])
 
 
-def sparse(q, k, v, prompt_lens, kind, decode_full=False, **options):
+def full(q, k, v, prompt_lens, kind, full_kind="dense", decode_full=False, block=0, stride=0, threshold=0.0, **options):
+    """The full branch by the op of its kind."""
+    if full_kind == "block":
+        return by_blocks(q, k, v, int(prompt_lens), block, stride, threshold, **options)
+    return ops.attention(q, k, v, **HOW, **options)
+
+
+def sparse(q, k, v, prompt_lens, kind, full_kind="dense", decode_full=False, **options):
     """The sparse branch by the op of its kind."""
+    if full_kind == "block":
+        options = {name: value for name, value in options.items() if name not in FULL_BY_BLOCK}
     if kind == "block":
         return by_blocks(q, k, v, int(prompt_lens), **options)
     if kind == "triangle":
@@ -79,16 +91,15 @@ def test_each_request_is_its_branch_alone_bit_for_bit(routes, kind, dtype):
     for b, is_full in enumerate(routes):
         one = slice(b, b + 1)
         alone = (q[one], k[one], v[one])
-        branch = (
-            ops.attention(*alone, **HOW, **features) if is_full else sparse(*alone, PROMPTS[one], **kind, **features)
-        )
-        assert torch.equal(out[one], branch)
+        branch = full if is_full else sparse
+        assert torch.equal(out[one], branch(*alone, PROMPTS[one], **kind, **features))
 
 
 @pytest.mark.parametrize("routes", ROUTES)
-def test_the_tape_changes_no_bit(routes):
+@pytest.mark.parametrize("kind", ["triangle", "triangle, full by block"])
+def test_the_tape_changes_no_bit(routes, kind):
     q, k, v = random_qkv(3, 4, 2, 90, 16)
-    options = {**HOW, **SIZES, "kind": "triangle"}
+    options = {**HOW, **SIZES, **KINDS[kind]}
     taped = routed(q.clone().requires_grad_(), k, v, torch.tensor(routes), PROMPTS, **options)
     assert torch.equal(taped.detach(), routed(q, k, v, torch.tensor(routes), PROMPTS, **options))
 
@@ -122,7 +133,7 @@ def test_gradcheck(kind):
     assert torch.autograd.gradcheck(run, (q, k, v, sinks), fast_mode=True)
 
 
-@pytest.mark.parametrize("kind", ["triangle", "block"])
+@pytest.mark.parametrize("kind", ["triangle", "block", "triangle, full by block"])
 def test_gradients_equal_the_reference(kind):
     inputs = random_qkv(3, 4, 2, 90, 8)
     options = {**HOW, **SIZES, **KINDS[kind]}
@@ -135,7 +146,7 @@ def test_gradients_equal_the_reference(kind):
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("routes", ROUTES[1:3])
-@pytest.mark.parametrize("kind", ["triangle", "block"])
+@pytest.mark.parametrize("kind", ["triangle", "block", "full by block"])
 def test_opcheck(kind, routes, grad):
     q, k, v = random_qkv(3, 4, 2, 90, 8, 6, requires_grad=grad)
     options = {**HOW, **SIZES, **KINDS[kind]}
@@ -163,6 +174,12 @@ BAD = {
     "route of numbers": ({"route": torch.ones(2)}, "route must be bool"),
     "block with a ring": ({"kind": "block", "block": 16, "stride": 4, "threshold": 0.5}, "decode_full is False"),
     "block of no size": ({"kind": "block", "decode_full": True}, "block is 0"),
+    "full by block of no size": ({"full_kind": "block", "route": torch.tensor([True, True])}, "block is 0"),
+    "both by block": (
+        {"kind": "block", "full_kind": "block", "decode_full": True, "block": 16, "stride": 4, "threshold": 0.5},
+        "both branches would be the same",
+    ),
+    "unknown full kind": ({"full_kind": "sparse"}, "full_kind is 'sparse'"),
     "unknown kind": ({"kind": "diagonal"}, "kind is 'diagonal'"),
     "negative sink": ({"sink": -1}, "sink is -1"),
     "prompt too long": ({"prompt_lens": torch.tensor([6, 9]), "kind": "triangle"}, "prompt_lens must lie in 0..6"),

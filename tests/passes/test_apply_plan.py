@@ -51,6 +51,18 @@ def test_sparse_branch_follows_the_settings(program):
     assert not result[1].any()
 
 
+def test_a_full_kind_comes_and_goes(program):
+    blocks = SparseSettings(sink=2, window=4, block=16, stride=4, threshold=0.5, full_kind="block")
+    changed = ApplyPlan({0: blocks}).apply(program).program
+    assert _settings(changed) == [blocks, SparseSettings(sink=2, window=4)]
+    back = ApplyPlan({0: SparseSettings(sink=2, window=4)}).apply(changed)
+    assert (back.count, program_text(back.program)) == (1, program_text(program))
+    with torch.no_grad():
+        dense, by_blocks = (runnable(x)(*toy_routed_inputs(2, torch.inf, length=70)) for x in (program, changed))
+    assert by_blocks[1].all()
+    assert not torch.allclose(dense[0], by_blocks[0], rtol=1e-5, atol=1e-5)
+
+
 def test_input_program_is_unchanged(program):
     before = program_text(program)
     ApplyPlan({0: TRIANGLE, 2: TRIANGLE}).apply(program)

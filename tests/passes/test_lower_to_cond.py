@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -130,10 +132,13 @@ def test_keys_that_are_values_are_passed_once(toy_routed):
     assert torch.equal(_run(lowered, *inputs)[0], _run(routed, *inputs)[0])
 
 
-def test_the_kind_block_is_refused_with_the_layer(toy_routed):
+@pytest.mark.parametrize("which", ["sparse", "full"])
+def test_the_kind_block_is_refused_with_the_layer(toy_routed, which):
     blocks = SparseSettings("block", 2, 4, 0, True, 16, 4, 0.9)
+    if which == "full":
+        blocks = dataclasses.replace(blocks, kind="streaming", full_kind="block")
     routed = toy_routed()
     layer = argument(calls(routed, torch.ops.fluxc.routed_attention)[0], "layer")
     program = ApplyPlan({layer: blocks}).apply(routed).program
-    with pytest.raises(PlanError, match=f"layer {layer} has the sparse kind block"):
+    with pytest.raises(PlanError, match=f"layer {layer} has the {which} kind block"):
         LowerToCond().apply(program)

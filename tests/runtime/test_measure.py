@@ -182,6 +182,13 @@ def test_the_key_names_device_target_dtype_and_kind(model):
     assert (target, dtype, kind) == ("eager", "float32", "streaming-4+12")
 
 
+def test_the_key_names_a_full_kind(model):
+    blocks = {"full_kind": "block", "block": 16, "stride": 4, "threshold": 0.9}
+    layers = tuple(dataclasses.replace(layer, **blocks) for layer in model.plan.layers)
+    plan = dataclasses.replace(model.plan, layers=layers)
+    assert crossover.key(plan, "cpu").endswith("/streaming-4+12-full-block-16-0.9")
+
+
 def test_a_crossover_of_another_machine_is_not_used(model):
     crossover.write(model.flux.device_file, "another/eager/float32/streaming-4+12", LENGTHS)
     assert model.crossover() == 32
