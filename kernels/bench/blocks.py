@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from fluxc import kernels
+from fluxc.kernels import triton_scores
 from fluxc.kernels.bench.cases import Case
 from fluxc.kernels.bench.contenders import sdpa
 from fluxc.kernels.bench.measure import clocks, interleaved
 from fluxc.kernels.bench.operands import TOLERANCE, Operands, operands
 from fluxc.kernels.density import block_density
+from fluxc.kernels.triton_config import ScoreTiles
 
 DTYPE = torch.bfloat16
 BLOCK = 128
@@ -35,8 +37,16 @@ class Lists:
     density: float
 
 
-def measure() -> Iterator[dict[str, Any]]:
-    """One row per length, density and contender; then one per length and scorer."""
+VARIANTS = (
+    ScoreTiles(256, 128, 64, 8, 4, tma=True),
+    ScoreTiles(128, 128, 64, 8, 3, tma=True),
+    ScoreTiles(128, 256, 64, 8, 3, tma=True),
+    ScoreTiles(128, 256, 64, 8, 4, tma=False),
+)
+
+
+def measure(variants: bool = False) -> Iterator[dict[str, Any]]:
+    """One row per length, density and contender; then one per length and scorer, with `variants` by tile sizes too."""
     kernels.register()
     for length, shares in SIZES:
         case = Case("block_attention", length)
@@ -47,7 +57,7 @@ def measure() -> Iterator[dict[str, Any]]:
         del inputs
         torch.cuda.empty_cache()
     for length in SCORED:
-        yield from _scores(Case("block_scores", length))
+        yield from _scores(Case("block_scores", length), variants)
 
 
 def random_lists(case: Case, share: float) -> Lists:
@@ -97,15 +107,20 @@ def _error(out: Tensor, x: Operands, lists: Lists, scale: float) -> float:
     return ((actual - wanted).norm() / wanted.norm()).item()
 
 
-def _scores(case: Case) -> Iterator[dict[str, Any]]:
+def _scores(case: Case, variants: bool) -> Iterator[dict[str, Any]]:
     inputs = [operands(case, DTYPE) for _ in range(2)]
     runs: dict[str, Any] = {"cudnn": sdpa(case.dense(), SDPBackend.CUDNN_ATTENTION)}
     errors: dict[str, float | None] = {"cudnn": None}
-    for scorer, stride in SCORERS:
-        name = f"ours, {scorer}, stride {stride}"
-        errors[name] = wrong_blocks(scorer, stride)
+    tried: list[tuple[str, int, ScoreTiles | None]] = [(scorer, stride, None) for scorer, stride in SCORERS]
+    tried += [("antidiagonal", 16, tiles) for tiles in VARIANTS if variants]
+    for scorer, stride, tiles in tried:
+        loads = "TMA" if tiles and tiles.tma else "plain loads"
+        sizes = f", {tiles.rows} x {tiles.keys}, {tiles.stages} stages, {loads}" if tiles else ""
+        name = f"ours, {scorer}, stride {stride}{sizes}"
+        run = _scorer(scorer, stride, tiles)
+        errors[name] = wrong_blocks(run, scorer, stride)
         if errors[name] < 1e-3:  # type: ignore[operator]
-            runs[name] = _scorer(scorer, stride)
+            runs[name] = run
     times = interleaved(runs, inputs, 500)
     for name, error in errors.items():
         row = {"op": case.op, "by": name, "length": case.length, "shape": str(case.shape), "error": error}
@@ -114,20 +129,24 @@ def _scores(case: Case) -> Iterator[dict[str, Any]]:
     torch.cuda.empty_cache()
 
 
-def _scorer(scorer: str, stride: int) -> Any:
-    how = {"scale": 128**-0.5, "layer": 0, "block": BLOCK, "stride": stride, "threshold": THRESHOLD, "scorer": scorer}
-    return lambda x: torch.ops.fluxc.block_scores(x[0], x[1], **how)
+def _scorer(scorer: str, stride: int, tiles: ScoreTiles | None = None) -> Any:
+    how: dict[str, Any] = {"scale": 128**-0.5, "block": BLOCK, "stride": stride}
+    how |= {"threshold": THRESHOLD, "scorer": scorer}
+    if tiles:
+        return lambda x: triton_scores.block_scores(x[0], x[1], **how, tiles=tiles)
+    return lambda x: torch.ops.fluxc.block_scores(x[0], x[1], **how, layer=0)
 
 
-def wrong_blocks(scorer: str, stride: int) -> float:
+def wrong_blocks(run: Any, scorer: str, stride: int) -> float:
     """Share of the blocks, away from the cut, on which kernel and reference disagree at a short length."""
     from fluxc.kernels.block_attention.reference import visible
     from fluxc.kernels.block_scores.reference import block_scores, block_sums
 
-    q, k, _ = operands(Case("block_scores", 2048 + 77), DTYPE)
+    x = operands(Case("block_scores", 4096 + 77), DTYPE)
+    q, k, _ = x
     how = {"scale": 128**-0.5, "layer": 0, "block": BLOCK, "stride": stride, "threshold": THRESHOLD, "scorer": scorer}
     blocks = -(-q.shape[2] // BLOCK)
-    index, counts = torch.ops.fluxc.block_scores(q, k, **how)
+    index, counts = run(x)
     found = visible(index, counts, blocks, 1)
     wanted = visible(*block_scores(q.float(), k.float(), **how), blocks, 1)
     sums = block_sums(q.float(), k.float(), 128**-0.5, BLOCK, stride, scorer)

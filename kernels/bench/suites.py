@@ -8,7 +8,7 @@ from typing import Any
 
 from fluxc.errors import UserError
 
-GPU_SUITES = ("prefill", "routed", "blocks", "decode", "router", "backward", "fused", "full-precision")
+GPU_SUITES = ("prefill", "routed", "blocks", "decode", "append", "router", "backward", "fused", "full-precision")
 CPU_SUITES = ("prefill", "decode")
 CPU_LENGTHS = (1024, 2048, 4096, 8192)
 GPU_LENGTHS = (8192, 16384, 32768, 131072, 262144)
@@ -68,7 +68,19 @@ def _on_cpu(suite: str, options: BenchOptions) -> Iterator[dict[str, Any]]:
 
 
 def _on_gpu(suite: str, options: BenchOptions) -> Iterator[dict[str, Any]]:
-    from fluxc.kernels.bench import backward, blocks, cases, decode, full_precision, fused, prefill, routed, router
+    from fluxc.kernels.bench import (
+        append,
+        backward,
+        blocks,
+        cases,
+        decode,
+        full_precision,
+        fused,
+        prefill,
+        routed,
+        router,
+        writes,
+    )
 
     shapes = (cases.Shape(), cases.SMOLLM2)
     if suite == "prefill":
@@ -77,12 +89,17 @@ def _on_gpu(suite: str, options: BenchOptions) -> Iterator[dict[str, Any]]:
     elif suite in ("decode", "router"):
         for shape in shapes:
             yield from decode.measure(shape, options.variants) if suite == "decode" else router.measure(shape, 8192)
+    elif suite == "append":
+        for shape in shapes:
+            yield from append.measure(shape)
+            yield from writes.measure(shape)
+    elif suite == "blocks":
+        yield from blocks.measure(options.variants)
     elif suite == "backward":
         yield from backward.measure(options.variants)
     else:
         yield from {
             "routed": routed,
-            "blocks": blocks,
             "fused": fused,
             "full-precision": full_precision,
         }[suite].measure()
