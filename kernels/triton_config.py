@@ -226,7 +226,12 @@ APPEND: dict[int, AppendTiles] = {
     128: AppendTiles(stages=1),
     256: AppendTiles(rows=32, keys=32, stages=1),
 }
-"""By head dim; one choice for all architectures, since a turn is short beside its prompt."""
+"""By head dim, for all architectures but sm_90 and for fp32."""
+APPEND_90: dict[int, AppendTiles] = {
+    64: AppendTiles(rows=128, warps=8, stages=3),
+    128: AppendTiles(rows=128, warps=8, stages=3),
+    256: AppendTiles(rows=64, keys=32, warps=4, stages=1),
+}
 APPEND_INTERPRETED = AppendTiles(16, 16)
 
 
@@ -278,9 +283,11 @@ def _nearest(table: dict[tuple[int, int], T], capability: int, width: int) -> T:
     return table[max(known), dim]
 
 
-def append_for(interpreted: bool, width: int) -> AppendTiles:
-    """The sizes of the append kernel."""
-    return APPEND_INTERPRETED if interpreted else APPEND[max(64, padded(width))]
+def append_for(capability: int, width: int) -> AppendTiles:
+    """The sizes of the append kernel on sm_`capability`; 0 for fp32, 1 for the interpreter."""
+    if capability == 1:
+        return APPEND_INTERPRETED
+    return (APPEND_90 if capability // 10 == 9 else APPEND)[max(64, padded(width))]
 
 
 def scores_for(capability: int, row_bytes: int) -> ScoreTiles:

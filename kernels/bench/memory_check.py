@@ -72,7 +72,8 @@ def _paged(width: int) -> None:
     (turn, k, v), zero = _operands(width), torch.zeros(1, dtype=torch.int64, device="cuda")
     for sinks, windows, start in ((zero, zero, lens.long()), (zero + 20, zero + 480, zero + 900)):
         kept = torch.minimum(lens, torch.where(windows == 0, lens, sinks + windows).int())
-        _finite(triton_append.append_attention(turn, k, v, cache, table, kept, start, sinks, windows, scale=0.1))
+        args = (turn, k, v, cache, table, kept, start, sinks, windows)
+        _finite(*(triton_append.append_attention(*args, scale=0.1, parts=parts) for parts in (1, 3)))
     triton_kv.kv_write(cache, k, v, torch.arange(ROWS, device="cuda")[None] - 1)
     _finite(cache)
 

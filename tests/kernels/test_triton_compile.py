@@ -170,15 +170,18 @@ def test_full_precision(width, arch):
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(("kind", "width"), [("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128)])
 def test_append_and_write(width, kind, arch):
-    from fluxc.kernels.triton_append import append_kernel
+    from fluxc.kernels.triton_append import append_kernel, combine_kernel
     from fluxc.kernels.triton_kv import write_kernel
 
-    tiles = config.append_for(False, width)
+    tiles = config.append_for(0 if kind == "fp32" else arch, width)
     types = dict.fromkeys(("q", "k", "v", "out", "cache"), f"*{kind}")
     types |= dict.fromkeys(("starts", "sinks", "windows", "slots"), "*i64")
     constants = {"D": width, "WIDTH": width, "BM": tiles.rows, "BN": tiles.keys, "PAGE": 64, "SINK_LOGITS": False}
     constants |= {"SOFTCAP": 0.0, "PRECISION": "tf32x3", "sink_logits": None}
-    compiled(append_kernel, constants, arch, tiles.warps, tiles.stages, types)
+    for split in (False, True):
+        how = {"GROUP": 4, "SPLIT": split}
+        compiled(append_kernel, constants | how, arch, tiles.warps, tiles.stages, types)
+    compiled(combine_kernel, {"D": width, "WIDTH": width, "BM": 16}, arch, 4, types=types)
     compiled(write_kernel, {"D": width, "WIDTH": width, "HEADS": 8, "PAGE": 64}, arch, 4, types=types)
 
 

@@ -233,8 +233,25 @@ def test_append_with_soft_cap_and_sink_logits():
 
 
 @here
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parts", [2, 5])
+@pytest.mark.parametrize("turn", [1, 300] if GPU else [1, 21])
+def test_append_in_parts(turn, parts, dtype):
+    """Programs that share the pages of a tile, more than there are pages in some; three query heads of a key head."""
+    from fluxc.kernels import triton_append
+
+    q, k, v = random_qkv(4, 6, 2, turn, WIDTH, dtype=dtype)
+    rings, starts, sinks = torch.tensor(RINGS), torch.tensor(STARTS), torch.linspace(-1, 1, 6)
+    args = (*on_device(q, k, v), *filled(dtype), *on_device(starts, rings[:, 0].clone(), rings[:, 1].clone()))
+    how = {"scale": 0.25, "softcap": 3.0}
+    out = triton_append.append_attention(*args, **how, sink_logits=sinks.to(DEVICE), parts=parts)
+    assert_close(out.cpu(), append_reference(*wide(args), **how, layer=0, sink_logits=sinks))
+
+
+@here
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("bad", ["lens", "page"])
-def test_what_lies_outside_the_cache_is_not_read_and_not_a_number(bad):
+def test_what_lies_outside_the_cache_is_not_read_and_not_a_number(bad, parts):
     from fluxc.kernels import triton_append, triton_decode
 
     cache, table, lens = filled(torch.float32)
@@ -245,7 +262,8 @@ def test_what_lies_outside_the_cache_is_not_read_and_not_a_number(bad):
     q, k, v = on_device(*random_qkv(4, 4, 2, 3, WIDTH))
     zero = torch.zeros(4, dtype=torch.int64, device=DEVICE)
     decoded = triton_decode.decode_attention(q[:, :, 0], cache, table, lens, scale=0.2)
-    appended = triton_append.append_attention(q, k, v, cache, table, lens, lens.long(), zero, zero, scale=0.2)
+    how = {"scale": 0.2, "parts": parts}
+    appended = triton_append.append_attention(q, k, v, cache, table, lens, lens.long(), zero, zero, **how)
     for out in (decoded, appended):
         assert out[1].isnan().all()
         assert out[[0, 2, 3]].isfinite().all()
