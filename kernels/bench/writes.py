@@ -23,12 +23,14 @@ ROTATED_BYTES = 192 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Write:
-    """k, v [B,Hk,S,D] for slots i64[B,S] of a cache [pages,2,Hk,PAGE,D]."""
+    """k, v [B,Hk,S,D] for slots i64[B,S] of a cache [pages,2,Hk,PAGE,D]; page and place of each slot, for torch."""
 
     cache: Tensor
     k: Tensor
     v: Tensor
     slots: Tensor
+    page: Tensor
+    place: Tensor
 
     @property
     def bytes(self) -> int:
@@ -41,8 +43,9 @@ def write(shape: Shape, batch: int, tokens: int, device: str = "cuda") -> Write:
     pages = batch * -(-tokens // PAGE)
     cache = torch.zeros(pages, 2, shape.kv_heads, PAGE, shape.width, device=device, dtype=DTYPE)
     made = [torch.randn(batch, tokens, shape.kv_heads, shape.width, device=device, dtype=DTYPE) for _ in "kv"]
-    table, place = torch.randperm(pages, device=device).view(batch, -1), torch.arange(tokens, device=device)
-    return Write(cache, made[0].transpose(1, 2), made[1].transpose(1, 2), table[:, place // PAGE] * PAGE + place % PAGE)
+    table, at = torch.randperm(pages, device=device).view(batch, -1), torch.arange(tokens, device=device)
+    page, place = table[:, at // PAGE], (at % PAGE).expand(batch, -1)
+    return Write(cache, *(x.transpose(1, 2) for x in made), page * PAGE + place, page, place)
 
 
 def measure(shape: Shape) -> Iterator[dict[str, Any]]:
@@ -85,6 +88,5 @@ def ours(x: Write) -> None:
 
 def indexed(x: Write) -> None:
     """Two indexed writes."""
-    page, place = x.slots // PAGE, x.slots % PAGE
-    x.cache[page, 0, :, place] = x.k.transpose(1, 2)
-    x.cache[page, 1, :, place] = x.v.transpose(1, 2)
+    x.cache[x.page, 0, :, x.place] = x.k.transpose(1, 2)
+    x.cache[x.page, 1, :, x.place] = x.v.transpose(1, 2)
