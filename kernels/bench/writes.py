@@ -42,10 +42,13 @@ def write(shape: Shape, batch: int, tokens: int, device: str = "cuda") -> Write:
     """Random operands; consecutive tokens on the same page, pages in random order."""
     pages = batch * -(-tokens // PAGE)
     cache = torch.zeros(pages, 2, shape.kv_heads, PAGE, shape.width, device=device, dtype=DTYPE)
-    made = [torch.randn(batch, tokens, shape.kv_heads, shape.width, device=device, dtype=DTYPE) for _ in "kv"]
+    k, v = (
+        torch.randn(batch, tokens, shape.kv_heads, shape.width, device=device, dtype=DTYPE).transpose(1, 2)
+        for _ in range(2)
+    )
     table, at = torch.randperm(pages, device=device).view(batch, -1), torch.arange(tokens, device=device)
     page, place = table[:, at // PAGE], (at % PAGE).expand(batch, -1)
-    return Write(cache, *(x.transpose(1, 2) for x in made), page * PAGE + place, page, place)
+    return Write(cache, k, v, page * PAGE + place, page, place)
 
 
 def measure(shape: Shape) -> Iterator[dict[str, Any]]:
