@@ -49,6 +49,18 @@ def capture_model(model: Any) -> tuple[ExportedProgram, dict[str, Any]]:
     return program, self_check(*_comparable(program, model), context, edges)
 
 
+def unbound_program(model: Any) -> ExportedProgram:
+    """The program in normal form over the empty CPU weights of its trace, in the model's dtype; nothing is checked.
+
+    For models whose weights come later, and may have no memory yet. What the model computes when it is made (the
+    frequencies of RoPE) has to be real. Raises CaptureError as `capture_model` does.
+    """
+    fluxc.kernels.register()
+    program = _normal_weights(_traced(model, context_of(model.config)), model)
+    verify(program, "captured", "capture")
+    return program
+
+
 def context_of(config: Any) -> int:
     """Positions the model has, in tokens; 0 where its config does not say."""
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 0)
@@ -93,12 +105,15 @@ def _normal_form(program: ExportedProgram) -> ExportedProgram:
 def _bound(program: ExportedProgram, model: Any) -> ExportedProgram:
     """The program over the real weights, in their dtype and on their device; tied ones once, unused ones gone."""
     device = next(model.parameters()).device
-    program = casts.bind(program, weights_of(model))
+    program = _normal_weights(casts.bind(program, weights_of(model)), model)
+    return program if device.type == "cpu" else Place(str(device)).apply(program).program
+
+
+def _normal_weights(program: ExportedProgram, model: Any) -> ExportedProgram:
+    """Tied weights once, unused ones gone, in the model's dtype."""
     for step in (DropNoOps(), DeadCode()):
         program = step.apply(program).program
-    name = str(model_dtype(model)).removeprefix("torch.")
-    program = SetDtype(name).apply(program).program
-    return program if device.type == "cpu" else Place(str(device)).apply(program).program
+    return SetDtype(str(model_dtype(model)).removeprefix("torch.")).apply(program).program
 
 
 def _check_attentions(program: ExportedProgram, layers: list[int], model: str) -> None:

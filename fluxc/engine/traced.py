@@ -10,12 +10,14 @@ a turn of a Qwen2-1.5B shape in bf16, mapped from its directory, was 1.03 times 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export.exported_program import ExportedProgram
 from torch.fx import GraphModule
 
@@ -87,7 +89,7 @@ class TracedPrograms:
         self, cache: Tensor, input_ids: Tensor, position_ids: Tensor, slots: Tensor, page_table: Tensor, lens: Tensor
     ) -> Tensor:
         """See `Programs.decode`."""
-        return self._decode(input_ids, position_ids, cache, slots, page_table, lens)[0]
+        return self.decode_graph(input_ids, position_ids, cache, slots, page_table, lens)[0]
 
     @torch.no_grad()
     def append(
@@ -109,6 +111,19 @@ class TracedPrograms:
         positions = torch.minimum(position_ids, last)
         return self._append(input_ids, positions, logits_at, cache, slots, page_table, lens, start, sinks, windows)[0]
 
+    def with_dense_attention(self, wrap: Callable[[nn.Module], nn.Module]) -> TracedPrograms:
+        """The same programs, in whose dense prefill `wrap` of it stands for each routable attention: to time them."""
+        phases = self._dense_phases
+        layers = [
+            dataclasses.replace(layer, attend=dataclasses.replace(layer.attend, module=wrap(layer.attend.module)))
+            if shape.routable
+            else layer
+            for layer, shape in zip(phases.layers, self.layers, strict=True)
+        ]
+        other = copy.copy(self)
+        other.__dict__["_dense_phases"] = dataclasses.replace(phases, layers=tuple(layers))
+        return other
+
     @functools.cached_property
     def _phases(self) -> Phases:
         return self._split(dense=self._stage == "captured")
@@ -118,7 +133,8 @@ class TracedPrograms:
         return self._split(dense=True)
 
     @functools.cached_property
-    def _decode(self) -> GraphModule:
+    def decode_graph(self) -> GraphModule:
+        """What `decode` runs; takes input_ids, position_ids, cache, slots, page_table and lens."""
         return build_whole(passes.decode_pipeline().run(self._program, self._stage).program)
 
     @functools.cached_property

@@ -241,7 +241,7 @@ def test_phases_share_one_set_of_weights(toy_routed):
     programs = TracedPrograms(program)
     list(programs.prefill(*_prompt()))
     list(programs.prefill(*_prompt(), dense=True))
-    modules = [programs._decode, programs._append]
+    modules = [programs.decode_graph, programs._append]
     modules += [piece.module for phases in (programs._phases, programs._dense_phases) for piece in phases.pieces()]
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for m in modules for t in m.parameters()}
     assert sum(held.values()) == sum(t.numel() * t.element_size() for t in program.state_dict.values())
