@@ -24,6 +24,7 @@ class DecodeBatch:
         self._sinks = np.stack([geometry.sinks for geometry in geometries], axis=1)
         self._windows = np.stack([geometry.windows for geometry in geometries], axis=1)
         self._table = _tables(sequences)
+        self._pages = self._table.astype(np.int64)  # what slots are computed with; too large to be cast every step
 
     @staticmethod
     def key_of(sequences: Sequence[TokenSequence]) -> Key:
@@ -34,7 +35,7 @@ class DecodeBatch:
         """input_ids, position_ids i64[B,1], slots i64[A,B], page_table i32[A,B,P], lens i32[A,B]."""
         ids = np.array([[sequence.tokens[-1]] for sequence in sequences])
         positions = np.array([sequence.cached for sequence in sequences])
-        slots = physical(self._table, slots_of(positions, self._sinks, self._windows)[..., None])[..., 0]
+        slots = physical(self._pages, slots_of(positions, self._sinks, self._windows)[..., None])[..., 0]
         lens = lens_of(positions + 1, self._sinks, self._windows).astype(np.int32)
         return ids, positions[:, None], slots, self._table, lens
 

@@ -48,7 +48,7 @@ class TorchStore:
         """See `Store.write`; a ring keeps few of a long prompt, so only those are handed on."""
         kept = np.flatnonzero(slots[0] >= 0)
         if len(kept) < slots.shape[1]:
-            at = torch.from_numpy(kept).to(k.device)
+            at = self._tensor(kept)
             k, v, slots = k.index_select(2, at), v.index_select(2, at), slots[:, kept]
         torch.ops.fluxc.kv_write(self.cache, k, v, self._tensor(slots))
 
@@ -68,7 +68,11 @@ class TorchStore:
         return self._programs.append(self.cache, *map(self._tensor, inputs))
 
     def _tensor(self, array: Array) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        values = torch.from_numpy(np.ascontiguousarray(array))
+        if self._device.type != "cuda":
+            return values.to(self._device)
+        # From pageable memory the host would wait until the device has done all it was given.
+        return values.pin_memory().to(self._device, non_blocking=True)
 
 
 def _on_host(item: Prefilled) -> Prefilled:

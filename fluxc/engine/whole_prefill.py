@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ def whole_prefill(
     inputs: list[Any] = [np.asarray(value, np.float32 if at == 2 else np.int64) for at, value in enumerate(given)]
     if isinstance(programs.dtype, torch.dtype):
         inputs = [torch.from_numpy(value).to(programs.device) for value in inputs]
-    *_, last = programs.prefill(*inputs, dense=dense)
+    # Keys and values of one layer at a time: those of a long prompt in all layers fill a device.
+    last = collections.deque(programs.prefill(*inputs, dense=dense), maxlen=1).pop()
     assert isinstance(last, Prefilled)
     return torch.as_tensor(last.logits)[0].float().cpu(), torch.as_tensor(last.routes).bool().cpu()
