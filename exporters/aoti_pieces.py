@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 from torch.export.exported_program import ExportedProgram
@@ -28,8 +29,10 @@ class Cut:
     shared: frozenset[str]
 
 
-def cut(program: ExportedProgram, outputs: Sequence[str]) -> Cut:
+def cut(program: ExportedProgram, outputs: Sequence[str], attentions: Sequence[Node] = ()) -> Cut:
     """Cut `program` before its first layer and after each; `outputs` names what it returns.
+
+    `attentions`: one node of each layer, in order, where the program has no attention op.
 
     1. Rows of inputs (`route_bias[l]`, `slots[a]`) are taken by the caller: with them inside, no two layers are alike.
     2. Outputs that a layer computes (keys, values) leave that layer; the epilogue does not hand them through.
@@ -38,15 +41,15 @@ def cut(program: ExportedProgram, outputs: Sequence[str]) -> Cut:
 
     Raises InternalError where layers cannot be told apart.
     """
-    return _Cutter(program).cut(outputs)
+    return _Cutter(program, attentions or _cached(program)).cut(outputs)
 
 
 class _Cutter:
-    def __init__(self, program: ExportedProgram) -> None:
+    def __init__(self, program: ExportedProgram, attentions: Sequence[Node]) -> None:
         self._program = program
         self._held = attributes(program)
         self._outputs: list[Node] = list(program.graph.output_node().args[0])
-        stages = _early(layer_stages(program.graph, _cached(program) or None))
+        stages = _early(layer_stages(program.graph, attentions or None))
         self._rows = {node for node in stages if _is_row(node, stages)}  # case 1
         self.last = max(stages.values())
         self._nodes: list[list[Node]] = [[] for _ in range(self.last + 1)]
@@ -128,23 +131,27 @@ def _is_row(node: Node, stages: Mapping[Node, int]) -> bool:
 
 
 def fingerprint(module: GraphModule) -> str:
-    """A text that is the same for modules that compute the same from their inputs and tensors, in that order."""
+    """A text that is the same for modules that compute the same from their inputs and tensors, in that order.
+
+    Free sizes count by their first appearance: each layer's cache may have a length of its own.
+    """
     numbers: dict[Node, int] = {}
+    sizes: dict[str, str] = {}
     lines = []
     for node in module.graph.nodes:
-        lines.append(f"{_what(module, node)} {_plain(node.args, numbers)} {_plain(_options(node), numbers)}")
+        lines.append(f"{_what(module, node, sizes)} {_plain(node.args, numbers)} {_plain(_options(node), numbers)}")
         numbers[node] = len(numbers)
     return "\n".join(lines)
 
 
-def _what(module: GraphModule, node: Node) -> str:
+def _what(module: GraphModule, node: Node, sizes: dict[str, str]) -> str:
     if node.op == "placeholder":
-        return f"input {_layout(node.meta.get('val'))}"
+        return f"input {_layout(node.meta.get('val'), sizes)}"
     if node.op == "get_attr":
         value: Any = module
         for part in str(node.target).split("."):
             value = getattr(value, part)
-        return f"[{fingerprint(value)}]" if isinstance(value, GraphModule) else f"tensor {_layout(value)}"
+        return f"[{fingerprint(value)}]" if isinstance(value, GraphModule) else f"tensor {_layout(value, sizes)}"
     return f"{node.op} {node.target}"
 
 
@@ -158,7 +165,19 @@ def _plain(value: Any, numbers: Mapping[Node, int]) -> str:
     return str(torch.fx.node.map_arg(value, lambda node: f"%{numbers[node]}"))
 
 
-def _layout(value: Any) -> str:
+def _layout(value: Any, sizes: dict[str, str]) -> str:
     if not isinstance(value, Tensor):
         return str(value)
-    return f"{value.dtype} {value.device} {tuple(value.shape)} {value.stride()}"
+    shape, stride = (tuple(_size(size, sizes) for size in each) for each in (value.shape, value.stride()))
+    return f"{value.dtype} {value.device} {shape} {stride}"
+
+
+def _size(size: Any, sizes: dict[str, str]) -> str:
+    """A number, or an expression of free sizes under names of their own."""
+    if not isinstance(size, torch.SymInt):
+        return str(size)
+    expr = size.node.expr
+    free = sorted(expr.free_symbols, key=str)
+    return str(
+        expr.xreplace({symbol: sympy.Symbol(sizes.setdefault(str(symbol), f"n{len(sizes)}")) for symbol in free})
+    )

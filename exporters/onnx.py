@@ -115,7 +115,9 @@ def decode_model(routed: ExportedProgram, opset: int = OPSET) -> ir.Model:
     caches = [f"{name}_cache_{index}" for index in range(_layers(routed)) for name in "kv"]
     axes: dict[str, tuple[str, ...]] = {"input_ids": ("B", "one")}
     axes |= {name: ("B", "Hk", f"C_{name.rpartition('_')[2]}", "D") for name in caches}
-    return translate(program, ["logits", *[f"{name}_out" for name in caches]], axes, Functions(opset=opset))
+    names = ["logits", *[f"{name}_out" for name in caches]]
+    results: Any = program.graph.output_node().args[0]
+    return translate(program, names, axes, Functions(opset=opset), attentions=results[1::2])
 
 
 def _layers(routed: ExportedProgram) -> int:

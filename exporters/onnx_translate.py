@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,11 +13,14 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset21
 from torch.export.exported_program import ExportedProgram
+from torch.fx import Node
 
 from fluxc import kernels
 from fluxc.errors import CaptureError
+from fluxc.exporters.aoti_pieces import cut
 from fluxc.exporters.onnx_attention import DOMAIN
 from fluxc.exporters.onnx_functions import Functions
+from fluxc.exporters.onnx_pieces import translate_pieces
 from fluxc.ir.nodes import user_inputs
 
 aten = torch.ops.aten
@@ -29,16 +33,27 @@ def translate(
     outputs: Sequence[str],
     axes: Mapping[str, Sequence[str]],
     functions: Functions | None = None,
+    attentions: Sequence[Node] = (),
 ) -> ir.Model:
     """The ONNX model of a prefill or slot-decode program; its weights are views of the program's.
 
     `outputs` names the results in order; `axes` names the free sizes of inputs, e.g. {"input_ids": ("B", "S")};
-    `functions` writes the bodies of fluxc's ops, ONNX Runtime's by default.
+    `functions` writes the bodies of fluxc's ops, ONNX Runtime's by default; `attentions`: one node of each layer where
+    the program has no attention op. Layers that are alike are translated once.
 
     Raises CaptureError naming the op that ONNX cannot express.
     """
     kernels.register()
     functions = functions or Functions()
+    model = translate_pieces(program, cut(program, outputs, attentions), functools.partial(_translated, functions))
+    _attach(model, functions)
+    _name_axes(model, axes)
+    _drop_origins(model)
+    return model
+
+
+def _translated(functions: Functions, program: ExportedProgram, outputs: Sequence[str]) -> ir.Model:
+    """What torch's exporter makes of a program."""
     with quiet():
         try:
             made = torch.onnx.export(
@@ -54,11 +69,7 @@ def translate(
         except torch.onnx.errors.OnnxExporterError as cause:
             raise CaptureError(f"the model has an operation that ONNX does not get: {_reason(cause)}") from cause
     assert made is not None
-    model = made.model
-    _attach(model, functions)
-    _name_axes(model, axes)
-    _drop_origins(model)
-    return model
+    return made.model
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 import fluxc
 from fluxc.cli import main
 from fluxc.errors import ArchiveError, BuilderError, OptionError, StorageError, TargetError
-from fluxc.exporters import aoti, aoti_compile, aoti_programs, machine
+from fluxc.exporters import aoti, aoti_compile, aoti_programs, machine, piece_programs
 from fluxc.exporters.aoti_phases import phases_of
 from fluxc.exporters.aoti_pieces import fingerprint
 from fluxc.exporters.aoti_recipe import Recipe
@@ -111,7 +111,7 @@ def test_conditionals_are_in_prefill_alone_and_every_op_exists_in_cpp(phases):
 def test_a_piece_of_several_layers_holds_the_weights_of_none(phases):
     made = phases["prefill"].cut
     module = made.modules["layer_0000"]
-    alone = aoti_compile.export_piece(module, with_stand_ins=True)
+    alone = piece_programs.export_piece(module, with_stand_ins=True)
     own = [
         t for t in (getattr(module, n.target) for n in module.graph.nodes if n.op == "get_attr") if torch.is_tensor(t)
     ]
