@@ -184,10 +184,22 @@ def _prefill_job(model: RandomModel, work: Work, length: int, rows: Rows) -> Job
     from fluxc.bench.shape_prefill import against_dense
 
     def measure() -> Row:
+        needed = _least_seconds(rows.found["rows"], length)
+        if rows.left() < needed:
+            return {"error": f"not begun: it needs {needed:.0f} s, and {rows.left():.0f} s were left"}
         limits = {"repeats": work.repeats, "most_seconds": work.row_seconds}
         return against_dense(model, length, work.ratios, left=rows.left, **limits)  # type: ignore[arg-type]
 
     return "prefill", f"prefill of {length} tokens", measure
+
+
+def _least_seconds(rows: list[Row], length: int) -> float:
+    """Of a dense run and the quickest others, as the longest prompt measured so far foretells; 0 for the first one."""
+    known = [(row["length"], row["dense"]) for row in rows if row["section"] == "prefill" and "dense" in row]
+    if not known:
+        return 0.0
+    longest, seconds = max(known)
+    return 1.5 * seconds * max(1.0, length / longest) ** 2
 
 
 def _decode_job(model: RandomModel, work: Work, length: int, batch: int, rows: Rows) -> Job:

@@ -16,16 +16,17 @@ from fluxc.engine.sequence import TokenSequence
 from fluxc.errors import SelfCheckError
 from fluxc.runtime.measure import spread_routes
 
-TOLERANCE = 0.1
-"""Largest relative difference of logits. In bf16 over many layers equal values computed by other kernels differ by some
-hundredths; logits of another token or mask differ by more than 1."""
+TOLERANCE = 0.2
+"""Largest relative difference of logits. With 36 layers in bf16, equal values computed by other kernels differ by about
+0.02; logits under another mask or after another token by 0.6."""
 
 
 @torch.no_grad()
 def check(model: RandomModel, seed: int = 0) -> Row:
     """Relative differences of the last logits: all-full routed to dense, decode to prefill dense and half sparse.
 
-    The prompt is half as long again as a sparse row's keys. Raises SelfCheckError where one is above TOLERANCE.
+    `half_to_full` says what difference a wrong mask makes. The prompt is half as long again as a sparse row's keys.
+    Raises SelfCheckError where one of the others is above TOLERANCE.
     """
     layers, sizes = len(model.plan.layers), model.shape.sparse
     length = (sizes.sink + sizes.window) * 3 // 2
@@ -39,7 +40,8 @@ def check(model: RandomModel, seed: int = 0) -> Row:
     wrong = {name: value for name, value in found.items() if not value <= TOLERANCE}
     if wrong:
         raise SelfCheckError(f"logits differ by {wrong}", hint="no times are shown; this is a fault of fluxc")
-    return {"length": length, "tolerance": TOLERANCE, **found}
+    other = _difference(whole.prefill(half), whole.prefill(full))
+    return {"length": length, "tolerance": TOLERANCE, **found, "half_to_full": other}
 
 
 class _Run:

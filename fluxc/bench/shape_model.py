@@ -25,6 +25,8 @@ from fluxc.weight_files import pack
 LABEL = "random weights, speed only"
 SPREAD = 0.02
 """Standard deviation of the weights: that of models before training."""
+SHARPNESS = 3.0
+"""Weight of the norm of q: scores spread enough for an answer to depend on which keys are seen."""
 CONTEXT = 1 << 20
 """Positions of the models: more than any prompt that is measured."""
 
@@ -117,10 +119,10 @@ def empty_model(shape: Shape) -> Any:
     return model
 
 
-def fill(tensor: Tensor, generator: torch.Generator) -> None:
-    """Random values in place; norms stay ones, so that nothing grows or vanishes over the layers."""
+def fill(tensor: Tensor, name: str, generator: torch.Generator) -> None:
+    """Random values in place; norms stay constant, so that nothing grows or vanishes over the layers."""
     if tensor.dim() < 2:
-        tensor.fill_(1.0)
+        tensor.fill_(SHARPNESS if "q_norm" in name else 1.0)
     else:
         tensor.normal_(0.0, SPREAD, generator=generator)
 
@@ -149,7 +151,7 @@ def _weights(program: ExportedProgram, device: str, seed: int) -> dict[str, Tens
             found[name] = tensor.to(device)
             continue
         found[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        fill(found[name], generator)
+        fill(found[name], name, generator)
     packed = pack(found, groups_of(program), device)
     del found
     if device != "cpu":

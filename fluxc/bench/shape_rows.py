@@ -111,7 +111,8 @@ def rounds(
             break
         first = turn % len(names)
         for name in [*names[first:], *names[:first]]:
-            if left() <= last.get(name, 0.0):
+            # A run that was never seen is taken to last as long as the longest that was.
+            if left() <= last.get(name, max(last.values(), default=0.0)):
                 return taken
             start = time.perf_counter()
             taken.setdefault(name, []).append(run(name))

@@ -51,8 +51,8 @@ def random_transformers(shape: Shape, device: str, seed: int) -> Any:
     model = empty_model(shape).to_empty(device=device)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
     generator = torch.Generator(device).manual_seed(seed)
-    for parameter in model.parameters():
-        fill(parameter, generator)
+    for name, parameter in model.named_parameters():
+        fill(parameter, name, generator)
     model.generation_config.eos_token_id = None  # an answer ends with its last step
     return model
 

@@ -68,7 +68,7 @@ def test_every_section_writes_its_row(tmp_path: Path, capsys: pytest.CaptureFixt
     assert set(rows) == {"model", *SECTIONS}
     assert [row["name"] for row in found["rows"] if "error" in row] == []
     assert found["conditions"]["label"] == "random weights, speed only"
-    assert rows["check"]["all_full"] <= rows["check"]["tolerance"]
+    assert rows["check"]["all_full"] <= rows["check"]["tolerance"] < rows["check"]["half_to_full"]
     assert rows["chosen"]["same"] is True
     assert rows["crossover"]["served"][0]["runs"] in ("dense again", "routed")
     assert all(word in printed for word in ("of bound", "crossover at", "device ms", "chosen_over_forced"))
@@ -164,6 +164,14 @@ def test_a_row_that_fails_leaves_the_others(tmp_path: Path) -> None:
     assert "ZeroDivisionError" in first["error"]
     assert any("1 // 0" in line for line in first["trace"])
     assert (second["value"], "error" in second) == (3, False)
+
+
+def test_a_prompt_that_would_pass_the_deadline_is_not_begun(model: RandomModel) -> None:
+    rows = Rows({}, None, 60.0, "cpu")
+    rows.found["rows"].append({"section": "prefill", "length": 10, "dense": 1.0})
+    work = dataclasses.replace(QUICK, lengths=(10, 20, 100))
+    jobs = [job for job in command._jobs(model, work, ("prefill",), rows) if "100" in job[1]]
+    assert "it needs 150 s" in jobs[0][2]()["error"]
 
 
 def test_after_the_deadline_nothing_begins() -> None:
