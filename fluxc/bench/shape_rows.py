@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import time
 import traceback
@@ -50,10 +52,11 @@ class Rows:
             except Exception as fault:
                 row |= {"error": f"{type(fault).__name__}: {fault}"[:600], "trace": _where(fault)}
                 del fault
-        free(self._device)
         row |= {"at": begin, "took": self.elapsed() - begin, "clocks": clocks(self._device)}
         self.found["rows"].append(row)
         self.write()
+        with contextlib.suppress(RuntimeError):  # a device that failed for good says so in every row
+            free(self._device)
         return row
 
     def write(self) -> None:
@@ -78,8 +81,6 @@ def clocks(device: str) -> str:
 
 def free(device: str) -> None:
     """Give memory that nobody holds back to the device: rows need it in pieces of other sizes."""
-    import gc
-
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()
