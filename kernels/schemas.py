@@ -99,7 +99,8 @@ SCHEMAS: dict[str, str] = {
     # q [B,H,S,D], k and v [B,Hk,S,D] before norm and RoPE; q_weight, k_weight [D] of an RMS norm over each head, None
     # for none; cos, sin [B,S,R], R even, at most D: columns d and d + R/2 of the first R turn together, the rest stay.
     # Writes k and v to the cache like kv_write and returns q and k, [B,H,S,D] transposed views of [B,S,H,D], and
-    # router_pool of the normed q before RoPE, fp32 [B,D].
+    # router_pool of the normed q before RoPE, fp32 [B,D]. pool 0: nothing is pooled, prompt_lens is not read, and the
+    # third result is [0,D].
     "qk_norm_rope_cache": (
         "(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, "
         "Tensor(a!) cache, Tensor slots, Tensor prompt_lens, *, float eps, int pool) -> (Tensor, Tensor, Tensor)"

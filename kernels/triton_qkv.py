@@ -58,7 +58,8 @@ def qkv_kernel(q, k, v, q_weight, k_weight, cos, sin, cache, slots, lens, q_out,
                BM: tl.constexpr, PARTS: tl.constexpr, PAGE: tl.constexpr, Q_NORM: tl.constexpr,
                K_NORM: tl.constexpr):  # fmt: skip
     """Programs (token tile, head of q, then k, then v, request). sums fp32 [B,H,2*PARTS,D], zero: of each tile's rows
-    that are pooled, at the start and at the end of the prompt. cos and sin have one row stride."""
+    that are pooled, at the start and at the end of the prompt; with PARTS 0 there are none, and lens is not read. cos
+    and sin have one row stride."""
     tile = tl.program_id(0)
     head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
@@ -75,17 +76,18 @@ def qkv_kernel(q, k, v, q_weight, k_weight, cos, sin, cache, slots, lens, q_out,
         value = _normed(x, q_weight, i, q_row, rows, c, scale, D, Q_NORM, DTYPE)
         out = _turned(x, q_weight, cos, sin, i, q_row, cos_row, rows, c, scale, value, D, R, Q_NORM, DTYPE)
         tl.store(q_out + ((b * rows + i64) * heads + head) * D + c[None, :], out.to(DTYPE), mask=inside)
-        length = tl.load(lens + b).to(tl.int32)
-        length = tl.minimum(tl.maximum(length, 0), rows)
-        part = sums + ((b * heads + head) * 2 * PARTS) * D + c
-        if tile * BM < tl.minimum(pool, length):
-            early = (i < tl.minimum(pool, length))[:, None]
-            tl.store(part + tile * D, tl.sum(tl.where(early, value, 0.0), 0), mask=c < D)
-        first = tl.maximum(length - pool, 0)
-        if (tile * BM < length) & (tile * BM + BM > first):
-            late = ((i >= first) & (i < length))[:, None]
-            at = PARTS + tile - first // BM
-            tl.store(part + at * D, tl.sum(tl.where(late, value, 0.0), 0), mask=c < D)
+        if PARTS > 0:
+            length = tl.load(lens + b).to(tl.int32)
+            length = tl.minimum(tl.maximum(length, 0), rows)
+            part = sums + ((b * heads + head) * 2 * PARTS) * D + c
+            if tile * BM < tl.minimum(pool, length):
+                early = (i < tl.minimum(pool, length))[:, None]
+                tl.store(part + tile * D, tl.sum(tl.where(early, value, 0.0), 0), mask=c < D)
+            first = tl.maximum(length - pool, 0)
+            if (tile * BM < length) & (tile * BM + BM > first):
+                late = ((i >= first) & (i < length))[:, None]
+                at = PARTS + tile - first // BM
+                tl.store(part + at * D, tl.sum(tl.where(late, value, 0.0), 0), mask=c < D)
     else:
         slot = tl.load(slots + b * slots_batch + i, mask=i < rows, other=-1)
         kept = ((slot >= 0) & (slot < capacity))[:, None] & (c < D)[None, :]
@@ -112,18 +114,23 @@ def qk_norm_rope_cache(
     (batch, heads, rows, width), kv_heads = q.shape, k.shape[1]
     tile = 16 if interpreted() else ROWS
     q_out, k_out = (torch.empty(batch, rows, n, width, dtype=q.dtype, device=q.device) for n in (heads, kv_heads))
-    parts = triton.cdiv(min(pool, rows), tile) + 1
-    sums = torch.zeros(batch, heads, 2 * parts, width, dtype=torch.float32, device=q.device)
+    parts = triton.cdiv(min(pool, rows), tile) + 1 if pool else 0
+    sums = torch.zeros(batch if pool else 0, heads, 2 * parts, width, dtype=torch.float32, device=q.device)
     qkv_kernel[(triton.cdiv(rows, tile), heads + 2 * kv_heads, batch)](
         q, k, v, q_weight, k_weight, cos, sin, cache, slots, prompt_lens, q_out, k_out, sums, *q.stride()[:3],
         *k.stride()[:3], *v.stride()[:3], *cos.stride()[:2], *sin.stride()[:2], slots.stride(0), heads, kv_heads,
         rows, cache.shape[0] * PAGE, pool, eps, D=width, WIDTH=config.padded(width), R=cos.shape[-1], BM=tile,
         PARTS=parts, PAGE=PAGE, Q_NORM=q_weight is not None, K_NORM=k_weight is not None, num_warps=4,
     )  # fmt: skip
-    taken = 2 * heads * prompt_lens.clamp(max=pool)
-    valid = (prompt_lens >= 1) & (prompt_lens <= rows)
-    pooled = sums.sum((1, 2)) / torch.where(valid, taken, torch.nan)[:, None]
+    pooled = _means(sums, prompt_lens, rows, pool) if pool else sums.new_empty(0, width)
     return q_out.transpose(1, 2), k_out.transpose(1, 2), pooled
+
+
+def _means(sums: Tensor, prompt_lens: Tensor, rows: int, pool: int) -> Tensor:
+    """[B,D] from the sums of heads and tiles; NaN for prompts out of range."""
+    taken = 2 * sums.shape[1] * prompt_lens.clamp(max=pool)
+    valid = (prompt_lens >= 1) & (prompt_lens <= rows)
+    return sums.sum((1, 2)) / torch.where(valid, taken, torch.nan)[:, None]
 
 
 def unsupported(

@@ -39,9 +39,13 @@ ORDER = (
     "insert-slot-cache",
     "insert-past",
     "append-turn",
+    "fuse-swiglu",  # of the phases, not of what they come from: what is exported or trained is made of plain ops
+    "fuse-add-rms-norm",  # after the rows that decode does not gather: the last norm then follows its sum
+    "fuse-qk-norm-rope",  # after the cache, to write to it
     "outline-layers",  # last: its result is a module
     "split-phases",  # last as well
     "chunk-rows",  # of what split-phases leaves
+    "last-rows",  # of the parts whose rows chunk-rows found to be free
 )
 
 
@@ -76,30 +80,41 @@ def lower_pipeline(*, dump_dir: str | Path | None = None) -> Pipeline:
     return watched([LowerToCond(), DeadCode()], dump_dir)
 
 
-def prefill_pipeline(*, dense: bool = False, dump_dir: str | Path | None = None) -> Pipeline:
-    """From a routed program to its prefill: `prefill_pipeline().run(program, "routed")`. `dense`: without routers."""
+def prefill_pipeline(*, dense: bool = False, fuse: bool = False, dump_dir: str | Path | None = None) -> Pipeline:
+    """From a routed program to its prefill: `prefill_pipeline().run(program, "routed")`. `dense`: without routers.
+
+    `fuse` (also of the two below): with the fused ops of `kernels`, which engines on a GPU run.
+    """
     from fluxc.passes.drop_routers import DropRouters
     from fluxc.passes.expose_kv import ExposeKV
 
-    return watched([*([DropRouters()] if dense else []), ExposeKV()], dump_dir)
+    return watched([*([DropRouters()] if dense else []), ExposeKV(), *_fusions(fuse)], dump_dir)
 
 
-def decode_pipeline(*, dump_dir: str | Path | None = None) -> Pipeline:
+def decode_pipeline(*, fuse: bool = False, dump_dir: str | Path | None = None) -> Pipeline:
     """From a routed program to its decode step: `decode_pipeline().run(program, "routed")`."""
     from fluxc.passes.drop_routers import DropRouters
     from fluxc.passes.insert_kv_cache import InsertKVCache
     from fluxc.passes.rope_per_request import RopePerRequest
 
-    return watched([DropRouters(), RopePerRequest(), InsertKVCache()], dump_dir)
+    return watched([DropRouters(), RopePerRequest(), InsertKVCache(), *_fusions(fuse)], dump_dir)
 
 
-def append_pipeline(*, dump_dir: str | Path | None = None) -> Pipeline:
+def append_pipeline(*, fuse: bool = False, dump_dir: str | Path | None = None) -> Pipeline:
     """From a routed program to that of a further turn: `append_pipeline().run(program, "routed")`."""
     from fluxc.passes.append_turn import AppendTurn
     from fluxc.passes.drop_routers import DropRouters
     from fluxc.passes.rope_per_request import RopePerRequest
 
-    return watched([DropRouters(), RopePerRequest(), AppendTurn()], dump_dir)
+    return watched([DropRouters(), RopePerRequest(), AppendTurn(), *_fusions(fuse)], dump_dir)
+
+
+def _fusions(wanted: bool) -> list[Pass]:
+    from fluxc.passes.fuse_add_rms_norm import FuseAddRmsNorm
+    from fluxc.passes.fuse_qk_norm_rope import FuseQkNormRope
+    from fluxc.passes.fuse_swiglu import FuseSwiglu
+
+    return [FuseSwiglu(), FuseAddRmsNorm(), FuseQkNormRope()] if wanted else []
 
 
 def watched(passes: Sequence[Pass], dump_dir: str | Path | None = None) -> Pipeline:

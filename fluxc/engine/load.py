@@ -27,34 +27,40 @@ def load(
     *,
     plan: str | Path | Plan | None = None,
     verify_weights: bool = True,
+    fuse: bool | None = None,
     **options: Any,
 ) -> Engine:
     """An engine that runs the model.flux or engine directory `path` on `device` (a GPU if there is one, else the CPU).
 
     `plan`: another plan of the same model, or its file. `verify_weights`: check the hashes of the weights too.
-    `options`: see EngineOptions.
+    `fuse`: whether the graphs of a model.flux run fused ops; None says so on a GPU (see TracedPrograms). `options`: see
+    EngineOptions.
 
     Raises ArchiveError, naming the file, for a directory that is damaged; PlanError for a plan of another model;
     OptionError for a device that is not here, or unknown options; UnsupportedAttentionError for a model whose layers
     one cache cannot hold; TargetError for an engine whose runtime is not installed.
     """
     if (Path(path) / engine_dir.NAME).is_file():
+        if fuse is not None:
+            raise OptionError(f"{path} is an exported engine: its ops are chosen", hint="give `fuse` with a model.flux")
         return exported(engine_dir.open_engine(path), device, plan=plan, **options)
     from fluxc.flux_dir import open_flux
     from fluxc.runtime.model import FluxModel
 
-    return engine_of(FluxModel(open_flux(path, verify_weights), _device(device)), plan=plan, **options)
+    return engine_of(FluxModel(open_flux(path, verify_weights), _device(device)), plan=plan, fuse=fuse, **options)
 
 
-def engine_of(model: FluxModel, *, plan: str | Path | Plan | None = None, **options: Any) -> Engine:
-    """The engine of an opened model; both share the weights."""
+def engine_of(
+    model: FluxModel, *, plan: str | Path | Plan | None = None, fuse: bool | None = None, **options: Any
+) -> Engine:
+    """The engine of an opened model; both share the weights. `fuse`: as for `load`."""
     from fluxc.engine.traced import TracedPrograms
     from fluxc.runtime import crossover
 
     settings = EngineOptions.from_dict(options)
     chosen = _plan(model.flux, plan)
     return Engine(
-        TracedPrograms(model.routed_program, context=chosen.model.context),
+        TracedPrograms(model.routed_program, context=chosen.model.context, fuse=fuse),
         chosen,
         tokenizer=model.tokenizer if model.has_tokenizer else None,
         eos_ids=[int(token) for token in model.meta.get("eos_ids", [])],

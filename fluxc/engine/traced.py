@@ -30,6 +30,7 @@ from fluxc.ir.layers import attention_nodes
 from fluxc.ir.parts import build_whole
 from fluxc.ir.phases import LayerPieces, Phases, PrefillRun
 from fluxc.passes.chunk_rows import ChunkRows
+from fluxc.passes.last_rows import LastRows
 from fluxc.passes.merge_linears import MergeLinears
 from fluxc.passes.rope_per_request import rope_limit
 from fluxc.passes.split_phases import SplitPhases
@@ -41,7 +42,8 @@ class TracedPrograms:
     `context`: the model's, in tokens, 0 where it is not known. `merge`: GEMMs that read the same value become one:
     "views" where their weights lie side by side, as `write_flux` and `FluxDir.load` leave them; "copy" everywhere, by
     copying weights that lie apart, and the given program keeps its own. `chunk_rows`: rows of the prompt that MLPs
-    take at a time. Raises UnsupportedAttentionError for layers that one cache cannot hold.
+    take at a time. `fuse`: norms, RoPE, KV writes and SwiGLU by the fused ops of `kernels`, in all phases; None does so
+    on a GPU alone, where they pay. Raises UnsupportedAttentionError for layers that one cache cannot hold.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class TracedPrograms:
         context: int = 0,
         merge: Literal["no", "views", "copy"] = "views",
         chunk_rows: int = 8192,
+        fuse: bool | None = None,
     ) -> None:
         kernels.register()
         self.layers = layer_shapes(program)
@@ -61,6 +64,7 @@ class TracedPrograms:
         self.device: torch.device = _input(program, "input_ids").device
         self._program = program if merge == "no" else MergeLinears(copy=merge == "copy").apply(program).program
         self._chunk = ChunkRows(chunk_rows)
+        self.fuse = self.device.type == "cuda" if fuse is None else fuse
         self._stage = "routed" if "route_bias" in user_inputs(program) else "captured"
 
     def prefill(
@@ -135,15 +139,15 @@ class TracedPrograms:
     @functools.cached_property
     def decode_graph(self) -> GraphModule:
         """What `decode` runs; takes input_ids, position_ids, cache, slots, page_table and lens."""
-        return build_whole(passes.decode_pipeline().run(self._program, self._stage).program)
+        return build_whole(passes.decode_pipeline(fuse=self.fuse).run(self._program, self._stage).program)
 
     @functools.cached_property
     def _append(self) -> GraphModule:
-        return build_whole(passes.append_pipeline().run(self._program, self._stage).program)
+        return build_whole(passes.append_pipeline(fuse=self.fuse).run(self._program, self._stage).program)
 
     def _split(self, dense: bool) -> Phases:
-        program = passes.prefill_pipeline(dense=dense).run(self._program, self._stage).program
-        return self._chunk.apply(SplitPhases().apply(program))
+        program = passes.prefill_pipeline(dense=dense, fuse=self.fuse).run(self._program, self._stage).program
+        return LastRows().apply(self._chunk.apply(SplitPhases().apply(program)))
 
     def _prefilled(self, outputs: dict[str, Tensor]) -> Prefilled:
         logits, *rest = outputs.values()

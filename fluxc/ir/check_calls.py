@@ -18,15 +18,17 @@ _CAPTURED = ("attention", "grouped_mm")
 _SCORED = (*_CAPTURED, "router_pool")
 _ROUTED = (*_SCORED, "routed_attention")
 _LOWERED = (*_SCORED, "streaming_attention", "triangle_attention")
+# Put in by the passes that fuse, for the engine alone: what is exported or trained has none of them.
+_FUSED = ("swiglu", "add_rms_norm", "qk_norm_rope_cache")
 _OURS = {
     "captured": _CAPTURED,
     "scored": _SCORED,
     "routed": _ROUTED,
     "softened": _LOWERED,
     "lowered": _LOWERED,
-    "prefill": _ROUTED,
-    "decode": ("decode_attention", "kv_write", "grouped_mm"),
-    "append": ("append_attention", "kv_write", "grouped_mm"),
+    "prefill": (*_ROUTED, *_FUSED),
+    "decode": ("decode_attention", "kv_write", "grouped_mm", *_FUSED),
+    "append": ("append_attention", "kv_write", "grouped_mm", *_FUSED),
 }
 # What remains of ops that the pre-dispatch form keeps whole, once somebody decomposed it.
 _DECOMPOSED = ("_softmax", "_log_softmax", "native_layer_norm", "native_dropout", "_to_copy", "_unsafe_view", "t")

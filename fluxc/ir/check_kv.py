@@ -37,7 +37,7 @@ def prefill_problems(program: ExportedProgram, stage: str) -> Iterator[str]:
 def cache_problems(program: ExportedProgram, stage: str) -> Iterator[str]:
     """Attentions that do not read the cache, or that have no write of their own on the right side of them."""
     nodes = calls(program, getattr(torch.ops.fluxc, _ATTENTIONS[stage]))
-    writes = calls(program, torch.ops.fluxc.kv_write)
+    writes = [node for node in program.graph.nodes if _writes(node)]
     lens = next((node for node in program.graph.nodes if node.name == "lens"), None)
     held = lens.meta["val"].shape[0] if lens else 0
     if not len(nodes) == len(writes) == held:
@@ -51,6 +51,12 @@ def cache_problems(program: ExportedProgram, stage: str) -> Iterator[str]:
         yield from _layer_problems(node, write, index, stage)
         if (order[write] < order[node]) != (stage == "decode"):
             yield f"node {write.name} stands on the wrong side of {node.name}"
+
+
+def _writes(node: Node) -> bool:
+    """Whether the node writes to slots of the engine; the fused op may also write to none."""
+    is_fused = is_call(node, torch.ops.fluxc.qk_norm_rope_cache) and str(argument(node, "cache")) == "cache"
+    return is_fused or is_call(node, torch.ops.fluxc.kv_write)
 
 
 def _layer_problems(node: Node, write: Node, index: int, stage: str) -> Iterator[str]:

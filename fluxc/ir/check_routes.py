@@ -51,7 +51,8 @@ def _shape_problems(node: Node) -> Iterator[str]:
 def router_problems(program: ExportedProgram, stage: str) -> Iterator[str]:
     """Routable layers without a router or with an incomplete one; weights that are not fp32."""
     layers = routable_layers(program, stage)
-    pools = len(calls(program, torch.ops.fluxc.router_pool))
+    fused = [node for node in calls(program, torch.ops.fluxc.qk_norm_rope_cache) if argument(node, "pool")]
+    pools = len(calls(program, torch.ops.fluxc.router_pool)) + len(fused)
     if pools != len(layers):
         yield f"{len(layers)} routable layers have {pools} routers"
     for name in (f"routers.{layer}.{linear}.{part}" for layer in layers for linear in _LINEARS for part in _PARTS):

@@ -8,6 +8,7 @@ Either way no node stands before one of its inputs.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,14 +96,19 @@ def _by_choke_points(graph: Graph, attentions: list[Node], dependence: Dependenc
     """A layer starts after the last value before its attention that everything passes (the residual stream)."""
     logits = graph.output_node().all_input_nodes[0]
     starts = _cuts(logits, attentions, dependence)
-    cuts = {cut: index for index, cut in enumerate(starts, 1)}
+    cuts = {item: index for index, cut in enumerate(starts, 1) for item in (cut, *_results(cut))}
     computed = set(walk_back(logits, lambda node: False))
     stages: dict[Node, int] = {}
     for node in _calls(graph):
-        after = [cuts[item] for item in node.all_input_nodes if item in cuts]
+        after = [cuts[item] for item in node.all_input_nodes if item in cuts and cuts.get(node) != cuts[item]]
         is_last = node not in computed and bool(node.users)  # routes and scores, stacked
         stages[node] = len(starts) if is_last else max([_lowest(node, stages), *after])
     return stages
+
+
+def _results(cut: Node) -> list[Node]:
+    """The values of a cut with several, all of which its own stage hands out."""
+    return [user for user in cut.users if user.target is operator.getitem]
 
 
 def _cuts(logits: Node, attentions: list[Node], dependence: Dependence) -> list[Node]:

@@ -19,7 +19,7 @@ ROWS = 1  # the axis of the rows, in all tensors that have any: [1,S,...]
 _POINTWISE = frozenset(
     (
         *("add", "sub", "mul", "div", "neg", "pow", "rsqrt", "sqrt", "reciprocal", "exp", "square", "abs", "where"),
-        *("silu", "gelu", "relu", "sigmoid", "tanh", "clamp", "clamp_min", "clamp_max", "maximum", "minimum"),
+        *("silu", "swiglu", "gelu", "relu", "sigmoid", "tanh", "clamp", "clamp_min", "clamp_max", "maximum", "minimum"),
         *("to", "_to_copy", "type_as", "clone", "contiguous"),
     )
 )
@@ -83,6 +83,8 @@ class _Judge:
         rank = len(self._all_shapes(node)[0])
         if name in _POINTWISE:
             return all(len(item.meta["val"].shape) == rank for item in rows)
+        if name == "add_rms_norm":  # along the last axis
+            return rank - ROWS > 1 and rows == tensors[:2]
         if name in _NORMS:
             return len(node.args[1]) < rank - ROWS  # type: ignore[arg-type]
         if name in _ALONG_AXES:

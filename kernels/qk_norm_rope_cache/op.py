@@ -43,7 +43,8 @@ def run(
     pool: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(q, k, pooled) by the first provider that takes the call; raises UserError for arguments that do not fit."""
-    router_pool.check(OP, q, prompt_lens, pool)
+    if pool:
+        router_pool.check(OP, q, prompt_lens, pool)
     kv_write.check(OP, cache, k, v, slots)
     _check(q, k, q_weight, k_weight, cos, sin)
     args = (q, k, v, q_weight, k_weight, cos, sin, cache, slots, prompt_lens)
@@ -56,8 +57,14 @@ def rows_first(x: Tensor) -> Tensor:
     return x.new_empty(B, S, H, D).transpose(1, 2)
 
 
-def _fake(q: Tensor, k: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor, Tensor]:
-    return rows_first(q), rows_first(k), q.new_empty(q.shape[0], q.shape[3], dtype=sum_dtype(q.dtype))
+def nothing_pooled(q: Tensor) -> Tensor:
+    """The third result of a call with pool 0: [0,D]."""
+    return q.new_empty(0, q.shape[3], dtype=sum_dtype(q.dtype))
+
+
+def _fake(q: Tensor, k: Tensor, *args: object, eps: float, pool: int) -> tuple[Tensor, Tensor, Tensor]:
+    pooled = q.new_empty(q.shape[0], q.shape[3], dtype=sum_dtype(q.dtype)) if pool else nothing_pooled(q)
+    return rows_first(q), rows_first(k), pooled
 
 
 def _composed(
@@ -79,7 +86,8 @@ def _composed(
     turned = rows_first(q).copy_(turn(normed, cos, sin))
     keys = rows_first(k).copy_(turn(_normalised(k, k_weight, eps), cos, sin))
     kv_write.run(cache, keys, v, slots)
-    return turned, keys, router_pool.run(normed, prompt_lens, pool=pool)
+    pooled = router_pool.run(normed, prompt_lens, pool=pool) if pool else nothing_pooled(q)
+    return turned, keys, pooled
 
 
 def _normalised(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

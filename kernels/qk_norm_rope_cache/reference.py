@@ -29,7 +29,7 @@ def qk_norm_rope_cache(
     normed = normalised(q.to(wide), q_weight, eps)
     turned, keys = (turn(x, cos.to(wide), sin.to(wide)) for x in (normed, normalised(k.to(wide), k_weight, eps)))
     kv_write(cache, keys.to(cache.dtype), v, slots)
-    return turned, keys, router_pool(normed, prompt_lens, pool=pool)
+    return turned, keys, router_pool(normed, prompt_lens, pool=pool) if pool else normed.new_empty(0, q.shape[3])
 
 
 def normalised(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

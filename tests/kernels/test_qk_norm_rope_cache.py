@@ -72,8 +72,18 @@ def test_any_strides(layout):
     check([*(layouts(x)[layout] for x in (q, k, v)), *rest], **HOW)
 
 
-def test_opcheck():
-    torch.library.opcheck(fused.default, tuple(operands()), HOW)
+@pytest.mark.parametrize("pool", [0, 9])
+def test_opcheck(pool):
+    torch.library.opcheck(fused.default, tuple(operands()), HOW | {"pool": pool})
+
+
+def test_nothing_is_pooled_where_no_row_is_asked_for():
+    args = operands()
+    args[-1] = torch.zeros(B, dtype=torch.int64)  # prompts of no length, which are not read
+    *found, pooled = check(args, **HOW | {"pool": 0})
+    assert pooled.shape == (0, D)
+    for mine, theirs in zip(found, fused(*operands(), **HOW), strict=False):
+        assert torch.equal(mine, theirs)
 
 
 BAD = {

@@ -91,7 +91,7 @@ def test_qk_norm_rope_cache(rows, width, turning, norm, dtype):
     slots[0, ::3] = -1
     args = [q, k, v, *weights, cos, sin, torch.zeros(2, 2, 2, PAGE, width, dtype=dtype, device=DEVICE)]
     args += [slots.to(DEVICE), torch.tensor([rows, max(1, rows // 2)], device=DEVICE)]
-    for pool in (1, 17, 100):
+    for pool in (0, 1, 17, 100):
         found = call("qk_norm_rope_cache", *args, eps=1e-6, pool=pool)
         given = [x.float().cpu() if x is not None and x.is_floating_point() else x for x in args]
         given = [x.cpu() if x is not None else x for x in given]
