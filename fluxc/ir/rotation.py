@@ -30,9 +30,9 @@ def rotation_of(node: Node) -> Rotation | None:
 
     add(mul(%x, %cos), mul(cat([neg(%x[R/2:]), %x[:R/2]], -1), %sin)), then cat with the columns that stay
     """
-    if is_call(node, aten.cat) and len(node.args[0]) == 2 and _is_last(node, 1):  # type: ignore[arg-type]
-        turned, rest = node.args[0]  # type: ignore[misc]
-        return _partial(_whole(turned), columns_of(rest))  # type: ignore[arg-type]
+    parts: Any = node.args[0] if is_call(node, aten.cat) and _is_last(node, 1) else ()
+    if len(parts) == 2:
+        return _partial(_whole(parts[0]), columns_of(parts[1]))
     return _whole(node)
 
 
@@ -57,9 +57,10 @@ def columns_of(node: Node) -> tuple[Node, int, int] | None:
     parts: Any = node.args[0]
     if not any(is_call(parts, op) for op in (aten.chunk, aten.split, aten.split_with_sizes)) or not _is_last(parts, 2):
         return None
+    index: Any = node.args[1]
     sizes = [int(part.shape[-1]) for part in parts.meta["val"]]
-    first = sum(sizes[: node.args[1]])  # type: ignore[misc]
-    return parts.args[0], first, first + sizes[node.args[1]]  # type: ignore[call-overload]
+    first = sum(sizes[:index])
+    return parts.args[0], first, first + sizes[index]
 
 
 def _whole(node: Node) -> Rotation | None:
@@ -77,12 +78,10 @@ def _whole(node: Node) -> Rotation | None:
 
 def _half_turned(node: Node) -> Node | None:
     """x where `node` is cat([-x[R/2:], x[:R/2]], -1)."""
-    if not is_call(node, aten.cat) or len(node.args[0]) != 2 or not _is_last(node, 1):  # type: ignore[arg-type]
+    parts: Any = node.args[0] if is_call(node, aten.cat) and _is_last(node, 1) else ()
+    if len(parts) != 2 or not is_call(parts[0], aten.neg):
         return None
-    minus, first = node.args[0]  # type: ignore[misc]
-    if not is_call(minus, aten.neg):
-        return None
-    upper, lower = columns_of(minus.args[0]), columns_of(first)  # type: ignore[union-attr, arg-type]
+    upper, lower = columns_of(parts[0].args[0]), columns_of(parts[1])
     if not upper or not lower or not is_same(upper[0], lower[0]):
         return None
     width = _width(lower[0])

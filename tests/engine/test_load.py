@@ -59,6 +59,28 @@ def test_all_full_gives_the_tokens_of_transformers_alone_and_in_a_batch(engine, 
     assert {one.sparse_ratio for one in found} == {0.0}
 
 
+def test_fused_ops_where_asked_for_or_on_a_gpu(engine, model):
+    """On the CPU their implementations are the same arithmetic, one call more dear: off unless asked for."""
+    prompts = [ids(40), ids(7), ids(64)]
+    with engine_of(model, fuse=True) as fused:
+        assert fused.scheduler.runner.programs.fuse
+        assert engine.scheduler.runner.programs.fuse == (model.device != "cpu")
+        for routes in ([True] * 3, [False, True, False]):
+            found, wanted = (
+                one.generate(prompts, routes=routes, max_new_tokens=20, eos_token_id=[]) for one in (fused, engine)
+            )
+            assert [answer.tokens for answer in found] == [answer.tokens for answer in wanted]
+        talk = [fused.conversation(), engine.conversation()]
+        for turn in (ids(50), ids(9)):
+            mine, theirs = (
+                one.generate(turn, conversation=held, max_new_tokens=5).tokens
+                for one, held in zip((fused, engine), talk, strict=True)
+            )
+            assert mine == theirs
+        for held in talk:
+            held.close()
+
+
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 150])
 def test_any_routes_equal_recomputation(engine, model, length):
     for code in range(8):

@@ -273,5 +273,6 @@ def test_fused(arch):
     types["sums"] = "*fp32"
     compiled(norm_kernel, {"W": 4096, "WIDTH": 4096}, arch, 8, types=types)
     compiled(swiglu_kernel, {"BLOCK": 1024}, arch, 4, types=types)
-    constants = {"D": 128, "WIDTH": 128, "R": 128, "BM": 32, "PARTS": 5, "PAGE": 64, "Q_NORM": True, "K_NORM": True}
-    compiled(qkv_kernel, constants, arch, 4, types=types)
+    constants = {"D": 128, "WIDTH": 128, "R": 128, "BM": 32, "PAGE": 64, "Q_NORM": True, "K_NORM": True}
+    for parts in (0, 5):  # without a pool and with one
+        compiled(qkv_kernel, constants | {"PARTS": parts}, arch, 4, types=types)
