@@ -36,7 +36,7 @@ class Work(Options):
     """What is measured. Lengths in tokens: `lengths` of prefill, `decode_lengths` with `batches` sequences each,
     `overhead_length` of all full against dense, `sweep` of the crossover; the chosen routes and transformers take the
     first length. `ratios`: forced Ω. `repeats` of a prefill, at most as many as `row_seconds` allow; `steps` of
-    decode."""
+    decode. `fuse`: with the fused ops of `kernels`; None: as the engine does on this device."""
 
     lengths: tuple[int, ...] = (32768, 131072, 262144)
     decode_lengths: tuple[int, ...] = (32768, 131072)
@@ -49,6 +49,7 @@ class Work(Options):
     row_seconds: float = 80.0
     steps: int = 30
     seed: int = 0
+    fuse: bool | None = None
 
 
 TINY = Work(
@@ -82,6 +83,7 @@ TINY = Work(
 @click.option("--repeats", type=click.IntRange(min=1), help="Runs of a prefill.")
 @click.option("--row-seconds", type=click.FloatRange(min=0), help="No further repeat of a row's prefills after that.")
 @click.option("--steps", type=click.IntRange(1, 4000), help="Decode steps that are timed at a time.")
+@click.option("--fuse/--no-fuse", default=None, help="Fused ops.  [default: on a GPU]")
 @click.option("--deadline", type=click.FloatRange(min=0), default=0.0, help="Seconds after which nothing is begun.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write everything there, as JSON, row by row.")
 @device_option
@@ -100,7 +102,9 @@ def shape(
     from fluxc.bench.shape_tables import shown
 
     where = chosen_device(device)
-    work = dataclasses.replace(TINY if name == "tiny" else Work(), **{k: v for k, v in given.items() if v})
+    work = dataclasses.replace(
+        TINY if name == "tiny" else Work(), **{k: v for k, v in given.items() if v not in ((), None)}
+    )
     wanted = only or tuple(s for s in SECTIONS if s != "transformers" or transformers)
     rows = Rows(conditions(name, where, work), output, deadline, where)
     for row in measured(rows, name, where, work, wanted):
@@ -116,7 +120,7 @@ def measured(rows: Rows, name: str, device: str, work: Work, wanted: tuple[str, 
     if wanted != ("transformers",):
         made: list[RandomModel] = []
         built = rows.take(
-            "model", f"model {name}", lambda: _built(made, random_model(shape_of(name), device, work.seed))
+            "model", f"model {name}", lambda: _built(made, random_model(shape_of(name), device, work.seed, work.fuse))
         )
         yield built
         if not made:
@@ -134,7 +138,7 @@ def measured(rows: Rows, name: str, device: str, work: Work, wanted: tuple[str, 
 
 def _built(made: list[RandomModel], model: RandomModel) -> Row:
     made.append(model)
-    return {"weight_bytes": model.weight_bytes, "layers": len(model.programs.layers)}
+    return {"weight_bytes": model.weight_bytes, "layers": len(model.programs.layers), "fuse": model.programs.fuse}
 
 
 Job = tuple[str, str, Callable[[], Any]]

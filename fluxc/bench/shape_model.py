@@ -92,11 +92,12 @@ class RandomModel:
         return [math.inf if full else -math.inf for full in routes]
 
 
-def random_model(shape: Shape, device: str, seed: int = 0) -> RandomModel:
+def random_model(shape: Shape, device: str, seed: int = 0, fuse: bool | None = None) -> RandomModel:
     """Trace the shape without weights, route it, and put random bf16 weights onto the device where it runs.
 
     The programs are what loading a model.flux of the same model gives: weights that `merge-linears` reads together lie
     together, and every pass of the engine runs. Routers have their first weights; nothing is calibrated.
+    `fuse`: see TracedPrograms.
     """
     kernels.register()
     captured = unbound_program(empty_model(shape))
@@ -105,7 +106,7 @@ def random_model(shape: Shape, device: str, seed: int = 0) -> RandomModel:
     placed = routed if device == "cpu" else _placed(routed, device)
     bound = bind_weights(placed, _weights(placed, device, seed))
     held = sum(tensor.nbytes for tensor in bound.state_dict.values())
-    return RandomModel(shape, device, TracedPrograms(bound, context=CONTEXT), plan, held)
+    return RandomModel(shape, device, TracedPrograms(bound, context=CONTEXT, fuse=fuse), plan, held)
 
 
 def empty_model(shape: Shape) -> Any:

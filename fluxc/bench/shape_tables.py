@@ -31,7 +31,7 @@ def _prefill(row: Row) -> list[Any]:
     share = f"attention {row['attention'] / row['dense']:.0%}"
     made.add_row("dense", f"{row['dense']:.4f}", share, *[""] * 4, size(dense[0]["kv_bytes"]), str(len(dense)),
                  _peak(dense))  # fmt: skip
-    for run in row["routed"]:
+    for run in sorted(row["routed"], key=_ratio):
         numbers = [f"{run[key]:.3f}" for key in ("speedup", "bound", "of_bound", "ideal", "of_ideal")]
         taken = row["runs"][run["name"]]
         made.add_row(f"{run['sparse_ratio']:.3f}", f"{run['seconds']['median']:.4f}", *numbers, size(run["kv_bytes"]),
@@ -50,10 +50,10 @@ def _decode(row: Row) -> list[Any]:
         dense = row["dense"]
         share = f"attention {1000 * dense['attention']:.3f}"
         made.add_row("dense", str(row["batch"]), *_steps(dense), share, "", "", "", size(dense["kv_bytes"]))
-    for run in row.get("routed", []):
+    for run in sorted(row.get("routed", []), key=_ratio):
         limits = [f"{run[key]:.3f}" for key in ("speedup", "bound", "of_bound", "device_of_bound")]
         made.add_row(f"{run['sparse_ratio']:.3f}", str(row["batch"]), *_steps(run), *limits, size(run["kv_bytes"]))
-    for run in row.get("larger", []):
+    for run in sorted(row.get("larger", []), key=_ratio):
         made.add_row(f"{run['sparse_ratio']:.3f}", str(run["batch"]), *_steps(run), *[""] * 4, size(run["kv_bytes"]))
     return [made] if made.row_count else []
 
@@ -76,3 +76,7 @@ def _text(value: Any) -> str:
     if isinstance(value, dict) and "median" in value:
         return f"{value['median']:.5f}"
     return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _ratio(run: Row) -> float:
+    return float(run["sparse_ratio"])

@@ -61,8 +61,8 @@ def test_the_large_shape_has_the_size_of_qwen3_8b() -> None:
 def test_every_section_writes_its_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "shape.json"
     options = ["--length", "90", "--decode-length", "70", "--batch", "2", "--sweep", "16", "--sweep", "40"]
-    argv = ["--shape", "tiny", "--device", "cpu", "--transformers", *options, "--repeats", "1", "-o", str(out)]
-    assert run_frame(argv, command=command.shape, name="shape") == 0
+    argv = ["--shape", "tiny", "--device", "cpu", "--transformers", "--fuse", "--repeats", "1", "-o", str(out)]
+    assert run_frame([*argv, *options], command=command.shape, name="shape") == 0
     found, printed = json.loads(out.read_text()), capsys.readouterr().out
     rows = {row["section"]: row for row in found["rows"]}
     assert set(rows) == {"model", *SECTIONS}
@@ -70,6 +70,7 @@ def test_every_section_writes_its_row(tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["conditions"]["label"] == "random weights, speed only"
     assert rows["check"]["all_full"] <= rows["check"]["tolerance"] < rows["check"]["half_to_full"]
     assert rows["chosen"]["same"] is True
+    assert rows["model"]["fuse"] is True
     assert rows["crossover"]["served"][0]["runs"] in ("dense again", "routed")
     assert all(word in printed for word in ("of bound", "crossover at", "device ms", "chosen_over_forced"))
 
