@@ -82,7 +82,7 @@ def _refusal(last: LayerPieces, epilogue: Piece) -> str | None:
     gathers = [node for node in module.graph.nodes if is_call(node, aten.gather)]
     if AT not in nodes or len(gathers) != 1 or gathers[0].args[1] != ROWS:
         return "the rows of the LM head are not gathered once"
-    index: Node = gathers[0].args[2]  # type: ignore[assignment]
+    index: Node = gathers[0].args[2]
     if nodes[AT] not in (index, *walk_back(index, lambda _: False)):
         return "the gathered rows are not those asked for"
     return _before_head(module, gathers[0], set(last.after.leaves))
