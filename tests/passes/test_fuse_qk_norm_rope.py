@@ -5,6 +5,7 @@ On a machine with a GPU the programs run there too, by the Triton kernels, under
 
 from __future__ import annotations
 
+import collections
 import functools
 
 import pytest
@@ -16,7 +17,10 @@ from fluxc.engine.traced import TracedPrograms
 from fluxc.ir.graph import argument, calls
 from fluxc.ir.printer import program_diff
 from fluxc.ir.verifier import problems
+from fluxc.kernels.add_rms_norm import triton_impl as norm_impl
+from fluxc.kernels.qk_norm_rope_cache import triton_impl as heads_impl
 from fluxc.kernels.schemas import PAGE
+from fluxc.kernels.swiglu import triton_impl as swiglu_impl
 from fluxc.passes.expose_kv import ExposeKV
 from fluxc.passes.fuse_qk_norm_rope import FuseQkNormRope
 from fluxc.passes.merge_linears import MergeLinears
@@ -30,9 +34,16 @@ fused = torch.ops.fluxc.qk_norm_rope_cache
 ONE = ToyConfig(windows=(0,), qk_norm=True)
 # GPT-OSS rotates halves of its own, Cohere pairs, SmolLM3 leaves every second layer without RoPE.
 COUNTS = {"llama": 2, "qwen3": 2, "phi3": 2, "gemma2": 2, "gpt-neox": 2, "smollm3": 1, "gpt-oss": 0, "cohere2": 0}
-ALL = [(name, "decode") for name in COUNTS]
+SLOW = {"smollm3", "gpt-oss", "cohere2"}
+ALL = [pytest.param(name, "decode", marks=[pytest.mark.slow] if name in SLOW else []) for name in COUNTS]
 PIPELINES = {"prefill": passes.prefill_pipeline, "decode": passes.decode_pipeline, "append": passes.append_pipeline}
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu])]
+CASES = [("llama", "float32"), ("qwen3", "bfloat16"), ("gemma2", "float32"), ("phi3", "bfloat16")]
+MORE = [("llama", "bfloat16"), ("qwen3", "float32"), ("gemma2", "bfloat16"), ("phi3", "float32")]
+RUNS = [
+    *((*case, "cpu") for case in CASES),
+    *(pytest.param(*case, "cpu", marks=[pytest.mark.slow]) for case in MORE),
+    *(pytest.param(*case, "cuda", marks=[pytest.mark.gpu]) for case in (*CASES, *MORE)),
+]
 # Rounding of the model's dtype at another place: q and k turn in fp32 on a GPU, and pools sum in another order.
 CLOSE = {"float32": {"rtol": 1e-3, "atol": 1e-3}, "bfloat16": {"rtol": 5e-2, "atol": 5e-2}}
 
@@ -106,9 +117,7 @@ def _check(found, wanted, dtype, device):
     torch.testing.assert_close(found, wanted, **CLOSE[dtype])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", CLOSE)
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3"])
+@pytest.mark.parametrize(("name", "dtype", "device"), RUNS)
 def test_prefill_gives_the_same(name, dtype, device):
     plain, mine = _pair(name, dtype, device)
     ids = torch.arange(40, device=device)[None] % 97
@@ -124,7 +133,7 @@ def test_prefill_gives_the_same(name, dtype, device):
             assert torch.equal(one.v, other.v) or device == "cuda"
 
 
-def _steps(programs, dtype, device, run):
+def _steps(programs, device, run):
     """Logits of 5 steps of two requests from an empty cache, each layer on pages of its own; `run` makes the caller."""
     layers = programs.layers
     count, shape = len(layers), layers[0]
@@ -168,13 +177,11 @@ def _recorded(programs, cache):
     return call
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", CLOSE)
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize(("name", "dtype", "device"), RUNS)
 def test_decode_gives_the_same(name, dtype, device):
     plain, mine = _pair(name, dtype, device)
-    wanted, cache = _steps(plain, dtype, device, _eager)
-    found, written = _steps(mine, dtype, device, _recorded if device == "cuda" else _eager)
+    wanted, cache = _steps(plain, device, _eager)
+    found, written = _steps(mine, device, _recorded if device == "cuda" else _eager)
     _check(found, wanted, dtype, device)
     _check(written, cache, dtype, device)
     assert cache[:, :, :, :5].abs().sum() > 0
@@ -184,13 +191,19 @@ def test_decode_gives_the_same(name, dtype, device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", CLOSE)
 def test_triton_serves_the_fused_ops(dtype):
-    """No fused op of a decode step or a prefill falls back to torch, and none waits for the device."""
-    from fluxc.kernels.qk_norm_rope_cache import triton_impl
-
-    seen = []
-    original = triton_impl.forward
+    """By every fused op of five decode steps; fused is what an engine on a GPU runs unless told otherwise."""
+    program = routed("qwen3", dtype, "cuda")
+    seen = collections.Counter()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_impl, "forward", lambda *args, **how: seen.append(1) or original(*args, **how))
-        _, mine = _pair("qwen3", dtype, "cuda")
-        _steps(mine, dtype, "cuda", _eager)
-        assert len(seen) == 5 * 2
+        for impl in (heads_impl, norm_impl, swiglu_impl):
+            patch.setattr(impl, "forward", _counted(impl.__name__, impl.forward, seen))
+        _steps(TracedPrograms(program), "cuda", _eager)
+    assert sorted(seen.values()) == [5 * 2, 5 * 2, 5 * 4]
+
+
+def _counted(name, forward, seen):
+    def call(*args, **how):
+        seen[name] += 1
+        return forward(*args, **how)
+
+    return call
