@@ -13,6 +13,7 @@ import torch
 from fluxc.capture.api import capture
 from fluxc.engine.load import engine_of, load
 from fluxc.errors import ArchiveError, DataError, OptionError, PlanError
+from fluxc.exporters import engine_dir
 from fluxc.ir.sparse import SparseSettings
 from fluxc.runtime.model import FluxModel, load_flux
 from fluxc.testing import tiny_llama, tiny_tokenizer
@@ -79,6 +80,12 @@ def test_fused_ops_where_asked_for_or_on_a_gpu(engine, model):
             assert mine == theirs
         for held in talk:
             held.close()
+
+
+def test_ops_of_an_exported_engine_are_chosen(tmp_path):
+    (tmp_path / engine_dir.NAME).write_text("{}")
+    with pytest.raises(OptionError, match="is an exported engine: its ops are chosen"):
+        load(tmp_path, fuse=True)
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 150])
