@@ -47,6 +47,9 @@ class AotiPhases:
             cache[0] = own[:, : cache.shape[2]]
         return logits
 
+    def close(self, phase: str) -> None:
+        """Nothing: all programs of the engine read one mapping of its weights."""
+
 
 def _paged(caches: dict[str, Tensor], count: int, pages: int) -> Tensor:
     """Caches k_cache_a, v_cache_a [1,Hk,C,D] as pages [count*pages,2,Hk,PAGE,D]; what no token wrote is NaN."""

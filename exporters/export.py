@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch.export.exported_program import ExportedProgram
 
 from fluxc.artifact import versions
 from fluxc.atomic import atomic_directory
@@ -14,7 +17,7 @@ from fluxc.engine.traced import TracedPrograms
 from fluxc.errors import OptionError, SourceError, TargetError
 from fluxc.exporters.engine_dir import NAME, PLAN, EngineManifest
 from fluxc.exporters.layouts import check_layout, engine_folder, write_layout
-from fluxc.exporters.parity import check_parity
+from fluxc.exporters.parity import compare, expect
 from fluxc.exporters.prepare import Prepared, budgets, check_budget, forms, prepare
 from fluxc.exporters.readme import readme
 from fluxc.exporters.targets import exporter
@@ -150,14 +153,14 @@ def _write(
     progress: Progress,
 ) -> EngineManifest:
     progress.start("exporting")
-    routed = made.program
+    routed = made.take()
     programs = maker.build(routed, root, **settings)
-    traced = TracedPrograms(routed, context=made.max_length or flux.plan.model.context, merge="no")
-    verified: dict[str, Any] = {}
-    if verify:
-        chosen = settings.get("plan") != "split"
-        engine = maker.phases(root)
-        verified = check_parity(engine, routed, traced.layers, flux.plan, progress, chosen=chosen).to_dict()
+    known = _known(routed, made.max_length or flux.plan.model.context)
+    cases = expect(routed, flux.plan, progress, chosen=settings.get("plan") != "split") if verify else []
+    del routed
+    gc.collect()  # the weights of the program go before those of the engine come
+    layers = known["layers"]
+    verified = compare(maker.phases(root), cases, layers, flux.plan, progress).to_dict() if verify else {}
     if hasattr(maker, "tidy"):
         maker.tidy(root, **settings)
     progress.start("writing")
@@ -168,13 +171,7 @@ def _write(
         target=target,
         files=entries_below(root),
         plan=flux.plan.digest(),
-        dtype=str(traced.dtype).removeprefix("torch."),
-        device=str(traced.device),
         programs=programs,
-        layers=[dataclasses.asdict(layer) for layer in traced.layers],
-        vocabulary=traced.vocabulary,
-        context=traced.context,
-        rope_limit=traced.rope_limit,
         kv=maker.KV,
         meta=flux.meta,
         verified=verified,
@@ -182,8 +179,17 @@ def _write(
         pins={str(layer): route for layer, route in made.pins.items()},
         budgets=budgets(flux.plan, made.pins),
         batch=made.batch,
+        **known | {"layers": [dataclasses.asdict(layer) for layer in layers]},
     )
     return _finish(root, manifest, flux)
+
+
+def _known(routed: ExportedProgram, context: int) -> dict[str, Any]:
+    """What the manifest keeps of the program itself."""
+    traced = TracedPrograms(routed, context=context, merge="no")
+    names = ("layers", "vocabulary", "context", "rope_limit")
+    types = {"dtype": str(traced.dtype).removeprefix("torch."), "device": str(traced.device)}
+    return {name: getattr(traced, name) for name in names} | types
 
 
 def _finish(root: Path, manifest: EngineManifest, flux: FluxDir) -> EngineManifest:

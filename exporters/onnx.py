@@ -91,7 +91,7 @@ def build(routed: ExportedProgram, root: Path, **options: Any) -> dict[str, Any]
 
 def phases(root: Path) -> OnnxPhases:
     """The engine in `root`, runnable on torch tensors."""
-    return OnnxPhases(OnnxSessions(root, {"prefill": PREFILL, "decode": DECODE}))
+    return OnnxPhases(OnnxSessions(root, {"prefill": PREFILL, "decode": DECODE}, arena=False))
 
 
 def tools() -> dict[str, str]:

@@ -31,3 +31,7 @@ class OnnxPhases:
         arrays = {name: cache.numpy() for name, cache in caches.items()}
         step = (tensor.numpy() for tensor in (input_ids, position_ids, slots, lens))
         return torch.from_numpy(self.sessions.decode(arrays, *step))
+
+    def close(self, phase: str) -> None:
+        """See `parity.Phases.close`."""
+        self.sessions.close(phase)

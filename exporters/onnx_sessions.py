@@ -21,13 +21,15 @@ class OnnxSessions:
 
     `files`: file of each program, as in the manifest. `threads`: of one operator, 0 for all cores. `prepack`: ONNX
     Runtime keeps a rearranged copy of the weights for each session: steps take a third less time, and the weights are
-    in memory three times. Without it both sessions read one mapping of the file.
+    in memory three times. Without it both sessions read one mapping of the file. `arena`: ONNX Runtime keeps the memory
+    of a run for the next one.
     """
 
     root: Path
     files: Mapping[str, str]
     threads: int = 0
     prepack: bool = False
+    arena: bool = True
 
     def prefill(
         self, input_ids: np.ndarray, prompt_lens: np.ndarray, route_bias: np.ndarray, logits_at: np.ndarray
@@ -68,6 +70,10 @@ class OnnxSessions:
         logits: np.ndarray = bound.get_outputs()[-1].numpy()
         return logits
 
+    def close(self, phase: str) -> None:
+        """Free the session of "prefill" or "decode"; the next call opens it again."""
+        self.__dict__.pop(f"_{phase}", None)
+
     @functools.cached_property
     def _prefill(self) -> Any:
         return self._session("prefill")
@@ -86,6 +92,7 @@ class OnnxSessions:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
+        options.enable_cpu_mem_arena = self.arena
         options.add_session_config_entry("session.disable_prepacking", str(int(not self.prepack)))
         return onnxruntime.InferenceSession(
             str(self.root / self.files[phase]), options, providers=["CPUExecutionProvider"]

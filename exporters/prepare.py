@@ -20,7 +20,7 @@ from fluxc.passes.set_dtype import SetDtype
 from fluxc.plan import Plan
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Prepared:
     """A routed program, the routes of its folded layers, and the tokens and requests an engine of it takes (0: any)."""
 
@@ -28,6 +28,12 @@ class Prepared:
     pins: Mapping[int, str]
     max_length: int = 0
     batch: int = 0
+
+    def take(self) -> ExportedProgram:
+        """The program, which is no longer held here: who takes it can free its weights."""
+        program = self.program
+        del self.program
+        return program
 
 
 def prepare(

@@ -52,6 +52,10 @@ class TorchTrtPhases:
             cache.copy_(value)
         return logits.cpu()
 
+    def close(self, phase: str) -> None:
+        """See `parity.Phases.close`."""
+        self.__dict__.pop("_modules" if phase == "prefill" else "_decode", None)
+
     @property
     def _names(self) -> list[str]:
         """The program's outputs in order: logits, routes, scores, and k and v of each attention."""

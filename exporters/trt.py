@@ -135,9 +135,9 @@ def _heads(routed: ExportedProgram) -> int:
 def phases(root: Path) -> OnnxPhases | SplitPhases:
     """The ONNX files the engines in `root` were built from, runnable on torch tensors."""
     if (root / "prefill.onnx").is_file():
-        return OnnxPhases(OnnxSessions(root, {"prefill": "prefill.onnx", "decode": "decode.onnx"}))
+        return OnnxPhases(OnnxSessions(root, {"prefill": "prefill.onnx", "decode": "decode.onnx"}, arena=False))
     full, sparse = (
-        OnnxPhases(OnnxSessions(root, {"prefill": f"prefill_{branch}.onnx", "decode": "decode.onnx"}))
+        OnnxPhases(OnnxSessions(root, {"prefill": f"prefill_{branch}.onnx", "decode": "decode.onnx"}, arena=False))
         for branch in ("full", "sparse")
     )
     return SplitPhases(full, sparse)

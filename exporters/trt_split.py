@@ -40,6 +40,11 @@ class SplitPhases:
         """See `parity.Phases.decode`."""
         return self.sparse.decode(*args)
 
+    def close(self, phase: str) -> None:
+        """See `parity.Phases.close`."""
+        for each in (self.full, self.sparse):
+            each.close(phase)
+
     def _of(self, full: bool) -> Any:
         return self.full if full else self.sparse
 

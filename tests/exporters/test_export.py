@@ -45,16 +45,9 @@ def test_it_was_compared_at_every_length_the_context_allows(made):
 def test_a_long_prompt_is_the_same(made):
     flux, exported = made
     routed = flux.load("routed")
-    checker = parity._Checker(phases(exported.path), fluxc_runnable(routed), _layers(routed), flux.plan)
-    for length in (1000, 4096):
-        for name, bias in checker.biases():
-            assert max(checker.compare(length, name, bias, parity.STEPS)) < parity.TOLERANCE
-
-
-def fluxc_runnable(program):
-    from fluxc.ir.graph import runnable
-
-    return runnable(program)
+    found = parity.check_parity(phases(exported.path), routed, _layers(routed), flux.plan, lengths=(17, 1000, 4096))
+    assert found.lengths == [17, 1000, 4096]
+    assert 0 < max(found.prefill, found.decode) < 1e-5
 
 
 def _layers(program):
@@ -69,7 +62,7 @@ def test_a_wrong_engine_is_found(made):
     right = phases(exported.path)
 
     class Wrong:
-        decode = right.decode
+        decode, close = right.decode, right.close
 
         def prefill(self, ids, bias, at):
             return right.prefill(ids.flip(1), bias, at)

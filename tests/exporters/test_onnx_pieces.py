@@ -39,7 +39,7 @@ def test_layers_that_are_alike_are_translated_once(models, phase):
     """Prologue, layer, epilogue. In decode too, where the caches of layers differ in length."""
     _, found, translated = models
     assert translated[phase] == 3
-    assert [value.name for value in found[phase].graph.inputs][0] == "input_ids"
+    assert next(value.name for value in found[phase].graph.inputs) == "input_ids"
     names = [value.name for node in found[phase].graph for value in node.outputs]
     assert len(set(names)) == len(names)
 

@@ -12,7 +12,6 @@ from fluxc.cli import main
 from fluxc.engine.traced import layer_shapes
 from fluxc.errors import TargetError
 from fluxc.exporters import parity, torch_trt
-from fluxc.ir.graph import runnable
 from fluxc.toy_flux import TOY, toy_flux
 
 
@@ -67,7 +66,6 @@ def test_the_pieces_compute_the_routed_program_and_attentions_are_not_lowered(fl
     targets = {str(node.target) for program in compiled for node in program.graph.nodes if node.op == "call_function"}
     assert not any("attention" in name for name in targets)
     assert any("linear" in name or "addmm" in name or "matmul" in name for name in targets)
-    checker = parity._Checker(torch_trt.phases(tmp_path), runnable(routed), layer_shapes(routed), flux.plan)
-    for name, bias in checker.biases():
-        for length in (1, 17, 90):
-            assert max(checker.compare(length, name, bias, 2)) < 1e-6
+    engine = torch_trt.phases(tmp_path)
+    found = parity.check_parity(engine, routed, layer_shapes(routed), flux.plan, lengths=(1, 17, 90))
+    assert 0 < max(found.prefill, found.decode) < 1e-6

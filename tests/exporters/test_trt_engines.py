@@ -95,8 +95,9 @@ def test_both_files_of_a_split_plan_compute_the_routed_program(flux, tmp_path):
     found = parity.check_parity(engine, routed, layer_shapes(routed), flux.plan, chosen=False)
     assert 0 < max(found.prefill, found.decode) < 1e-5
     mixed = torch.tensor([[math.inf], [-math.inf]])
+    case = parity.expected(runnable(routed), torch.ones(1, 30, dtype=torch.int64), "mixed", mixed)
     with pytest.raises(SelfCheckError, match="chose other routes"):
-        parity._Checker(engine, runnable(routed), layer_shapes(routed), flux.plan).compare(30, "mixed", mixed)
+        parity.compare(engine, [case], layer_shapes(routed), flux.plan)
 
 
 def test_a_split_plan_builds_three_engines(flux, tmp_path):
