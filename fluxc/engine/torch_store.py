@@ -55,7 +55,7 @@ class TorchStore:
     @torch.no_grad()
     def decode(self, ids: Array, positions: Array, slots: Array, table: Array, lens: Array) -> Tensor:
         """See `Store.decode`; on a GPU as CUDA graphs."""
-        if self._graphs:
+        if self._graphs is not None:
             return self._graphs(ids, positions, slots, table, lens)
         if self._table is None or self._table[0] is not table:
             self._table = table, self._tensor(table)
