@@ -15,7 +15,7 @@ from fluxc.kernel_testing import (
 from fluxc.tiny_models import TINY_FAMILIES, tiny_llama, tiny_llama_rope
 from fluxc.tiny_tokenizer import tiny_tokenizer
 from fluxc.toy_decoder import TOY_ROPES, ToyConfig, toy_inputs, toy_module, toy_program, toy_routed_inputs
-from fluxc.toy_foreign import causal_attend, export_from, foreign_module, foreign_program
+from fluxc.toy_foreign import causal_attend, export_from, foreign_module, foreign_program, free
 
 __all__ = [
     "GRADIENT_FACTOR",
@@ -30,6 +30,7 @@ __all__ = [
     "export_from",
     "foreign_module",
     "foreign_program",
+    "free",
     "gradients",
     "layouts",
     "random_qkv",

@@ -85,22 +85,31 @@ def foreign_program(
     tokens = torch.zeros(2, 12, dtype=torch.long)
     inputs = (tokens, torch.ones_like(tokens)) if padding else (tokens,)
 
-    def export(least: int) -> ExportedProgram:
-        sizes = {0: Dim("B", min=least), 1: Dim("S", min=least, max=longest)}
+    def export(least: int | None) -> ExportedProgram:
+        sizes = {0: free("B", least), 1: free("S", least, longest)}
         with torch.no_grad():
             return torch.export.export(module, inputs, dynamic_shapes=(sizes,) * len(inputs), strict=False)
 
     return export_from(smallest, export)
 
 
-def export_from(smallest: int, export: Callable[[int], ExportedProgram]) -> ExportedProgram:
-    """`export(smallest)`, or `export(2)` where a torch before 2.13 refuses: it tells a length of 1 apart in SDPA."""
-    try:
-        return export(smallest)
-    except Exception:
-        if smallest > 1 or _version() >= (2, 13):
-            raise
-        return export(2)
+def export_from(smallest: int, export: Callable[[int | None], ExportedProgram]) -> ExportedProgram:
+    """`export(smallest)`, or what a torch before 2.13 can do: `export(2)`, and `export(None)` for `Dim.DYNAMIC`.
+
+    It tells a length of 1 apart in SDPA, and cannot prove of a named size that 8*S is less than 16*S.
+    """
+    for least in (smallest, 2):
+        try:
+            return export(least)
+        except Exception:
+            if _version() >= (2, 13):
+                raise
+    return export(None)
+
+
+def free(name: str, least: int | None, longest: int | None = None) -> Any:
+    """A free size for `dynamic_shapes`, from `least`; None lets the exporter find its bounds."""
+    return Dim.DYNAMIC if least is None else Dim(name, min=least, max=longest)
 
 
 def _version() -> tuple[int, ...]:

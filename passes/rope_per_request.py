@@ -22,11 +22,13 @@ class RopePerRequest(Pass):
 
     1. Requests of one decode step are on different sides of the original context: neither may turn the other's keys.
     2. What is computed from the answer gains a batch axis by broadcasting, up to the table [B,S,R], which has one.
+    3. Frequencies [R] that were given a batch axis of 1 before they met the positions have a real one now.
 
         %max  = max(%position_ids)             %max  = amax(%position_ids, [1], True)
         %past = ge(%max, 4096)            =>   %rows = unsqueeze(%max, -1)
         %freq = where(%past, %long, %short)    %past = ge(%rows, 4096)
                                                %freq = where(%past, %long, %short)
+        %row  = unsqueeze(%freq, 0)                %row  = squeeze(%freq, 1)
 
     Raises UnsupportedAttentionError where the batch axis cannot be carried through.
     """
@@ -67,7 +69,8 @@ def _limit_of(choice: Node) -> int:
 
 
 def _carry(draft: Draft, rows: Node) -> None:
-    """Case 2: fake values with the batch axis, no further than the tables."""
+    """Cases 2 and 3: fake values with the batch axis, no further than the tables."""
+    _keep_batch_axis(rows)
     try:
         changed = renew(draft, [rows])
     except (RuntimeError, ValueError, IndexError) as error:
@@ -75,6 +78,17 @@ def _carry(draft: Draft, rows: Node) -> None:
     for node in changed:
         if any(user.op == "output" or getattr(user.target, "namespace", "") == "fluxc" for user in node.users):
             raise _refusal(node)
+
+
+def _keep_batch_axis(rows: Node) -> None:
+    """Case 3: [B,1,R] loses its axis of 1 where [R] was given one for the batch."""
+    reached = [rows]
+    for node in reached:
+        for user in tuple(node.users):
+            if is_call(user, aten.unsqueeze.default) and user.args == (node, 0) and node.meta["val"].dim() == 1:
+                user.target, user.args = aten.squeeze.dim, (node, 1)
+            elif user not in reached and user.meta["val"].dim() <= 1:
+                reached.append(user)
 
 
 def _refusal(node: Node) -> UnsupportedAttentionError:

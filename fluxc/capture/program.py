@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 from collections.abc import Callable
@@ -65,15 +66,15 @@ def capture_module(
 
 
 def _exported(model: torch.nn.Module, sample_inputs: tuple[Any, ...]) -> ExportedProgram:
-    """Free from 1, else from 2 where the exporter tells one token apart (SDPA, torch 2.11); capture widens it."""
-    try:
-        return _exported_from(1, model, sample_inputs)
-    except Exception:
-        return _exported_from(2, model, sample_inputs)
+    """Free from 1, else from 2 or as the exporter finds (SDPA, grouped heads, torch 2.11); capture widens it."""
+    for sizes in ((Dim("B", min=1), Dim("S", min=1)), (Dim("B", min=2), Dim("S", min=2))):
+        with contextlib.suppress(Exception):  # the exporter raises many types
+            return _exported_with(sizes, model, sample_inputs)
+    return _exported_with((Dim.DYNAMIC, Dim.DYNAMIC), model, sample_inputs)
 
 
-def _exported_from(smallest: int, model: torch.nn.Module, sample_inputs: tuple[Any, ...]) -> ExportedProgram:
-    B, S = Dim("B", min=smallest), Dim("S", min=smallest)
+def _exported_with(sizes: tuple[Any, Any], model: torch.nn.Module, sample_inputs: tuple[Any, ...]) -> ExportedProgram:
+    B, S = sizes
     rank = {1: {0: S}, 2: {0: B, 1: S}}
     shapes = tuple(rank.get(x.dim()) if isinstance(x, torch.Tensor) else None for x in sample_inputs)
     with torch.no_grad():

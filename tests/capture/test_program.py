@@ -15,7 +15,7 @@ from fluxc.capture.result import load_capture
 from fluxc.errors import CaptureError, SelfCheckError, UnsupportedAttentionError
 from fluxc.ir.graph import argument, calls, runnable, user_inputs
 from fluxc.signature import CAPTURED_INPUTS
-from fluxc.testing import TINY_FAMILIES, causal_attend, export_from, foreign_module, foreign_program
+from fluxc.testing import TINY_FAMILIES, causal_attend, export_from, foreign_module, foreign_program, free
 
 VOCAB = 97
 
@@ -34,7 +34,7 @@ def hugging_face(family, attention, inputs, *, dynamic=None, **fields):
     kwargs = {name: makers[name] for name in inputs}
 
     def export(smallest):
-        sizes = dynamic or {0: Dim("batch", min=smallest), 1: Dim("sequence", min=smallest)}
+        sizes = dynamic or {0: free("batch", smallest), 1: free("sequence", smallest)}
         shapes = {**dict.fromkeys(inputs, sizes), "use_cache": None}
         given = {**kwargs, "use_cache": False}
         with torch.no_grad():

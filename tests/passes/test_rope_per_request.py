@@ -24,16 +24,34 @@ def captured(family):
     return fluxc.capture(model).program
 
 
-def test_golden(toy, golden):
-    draft = Draft(toy(ToyConfig(windows=(0,))))
+def with_choice(program, *, own_axis):
+    """The toy with angles chosen by the largest position; `own_axis`: the factors get a batch axis of 1 first."""
+    draft = Draft(program)
     angles = next(node for node in draft.graph.nodes if node.name == "mul")
     with draft.inserting_before(angles):
         largest = draft.call(torch.ops.aten.max.default, (draft.user_input("position_ids"),))
         past = draft.call(torch.ops.aten.ge.Scalar, (largest, LIMIT))
         long = draft.call(torch.ops.aten.mul.Tensor, (angles.args[1], 0.5))
-        angles.args = (angles.args[0], draft.call(torch.ops.aten.where.self, (past, long, angles.args[1])))
-    program = draft.close()
-    golden.check("toy", program_diff(program, RopePerRequest().apply(program).program))
+        chosen = draft.call(torch.ops.aten.where.self, (past, long, angles.args[1]))
+        if own_axis:
+            for axis in (0, 1):
+                chosen = draft.call(torch.ops.aten.unsqueeze.default, (chosen, axis))
+        angles.args = (angles.args[0], chosen)
+    return draft.close()
+
+
+@pytest.mark.parametrize("own_axis", [False, True], ids=["toy", "own-axis"])
+def test_golden(toy, golden, own_axis):
+    program = with_choice(toy(ToyConfig(windows=(0,))), own_axis=own_axis)
+    changed = RopePerRequest().apply(program).program
+    golden.check("own-axis" if own_axis else "toy", program_diff(program, changed))
+    assert problems(changed, "captured") == []
+    ids, lens, at = torch.tensor([[1, 2, 3]] * 2), torch.full((2,), 3), torch.arange(3).expand(2, 3)
+    positions = torch.tensor([[0], [LIMIT]]) + torch.arange(3)
+    together = runnable(changed)(ids, positions, lens, at)
+    for row in (slice(0, 1), slice(1, 2)):
+        alone = runnable(program)(ids[row], positions[row], lens[row], at[row])
+        torch.testing.assert_close(together[row], alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["longrope", "phi3-longrope"])
