@@ -7,6 +7,7 @@ import torch
 
 import fluxc.kernels
 from fluxc.errors import UserError
+from fluxc.kernels.grouped_mm.op import by_row
 from fluxc.kernels.grouped_mm.reference import grouped_mm as reference
 
 fluxc.kernels.register()
@@ -29,6 +30,29 @@ def test_equals_reference(ends: list[int], dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         op(x, weight, limits).float(), reference(x, weight, limits), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
     )
+
+
+@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS.keys())
+def test_row_by_row_equals_reference(ends: list[int]) -> None:
+    x, weight, limits = operands(ends)
+    torch.testing.assert_close(by_row(x, weight, limits), reference(x, weight, limits))
+    more = torch.cat([x, x.new_full((2, 16), torch.nan)])
+    assert torch.equal(by_row(more, weight, limits)[len(x) :], x.new_zeros(2, 8))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_can_be_captured(dtype: torch.dtype) -> None:
+    x, weight, limits = (tensor.cuda() for tensor in operands(ENDS["empty groups"], dtype))
+    op(x, weight, limits)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = op(x, weight, limits)
+    limits.copy_(torch.tensor(ENDS["even"]))
+    graph.replay()
+    want = reference(x.cpu(), weight.cpu(), limits.cpu())
+    torch.testing.assert_close(out.cpu().float(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 def test_strided_rows() -> None:
